@@ -1,0 +1,80 @@
+"""What every token mixer is: hidden states in, hidden states and a recurrent state out.
+
+A mixer projects the hidden states to the operands of ONE operator of `linnet.ops`, calls it and projects back. It knows no
+backend, no device, no process group and nothing of the model around it; it touches the time axis only through `linnet.ops`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+State = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """The recurrent state of a mixer: one entry per tensor, the row axis N (batch row or packed segment) left out.
+
+    A size of None grows with the tokens seen (softmax attention only); every other state has a constant size.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int | None, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+
+    def bytes_per_row(self, tokens: int = 0) -> int:
+        """Bytes of one row's state after `tokens` tokens."""
+        total = 0
+        for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
+            count = 1
+            for size in shape:
+                count *= tokens if size is None else size
+            total += count * dtype.itemsize
+        return total
+
+
+@dataclass
+class Context:
+    """What the layers of one forward pass share.
+
+    cu_seqlens: [N+1] int32 offsets of packed documents (then the batch size is 1), or None.
+    positions: [B, T] position of every token in its own document, or None for 0..T-1 in every row.
+    return_state: whether the caller wants the new state.
+    shared: values passed between layers (RWKV-7's first value, HGRN's lower bounds), written by earlier layers.
+    """
+
+    cu_seqlens: Tensor | None = None
+    positions: Tensor | None = None
+    return_state: bool = False
+    shared: dict[str, Any] = field(default_factory=dict)
+
+
+class Mixer(nn.Module):
+    """Base class. A subclass declares `Config` (a frozen dataclass with d_model and heads) and implements `forward`.
+
+    Class attributes: `name` (set by `register_mixer`), `causal`, `no_weight_decay` (names of its own parameters, decays and
+    gates, that must not be decayed; one-dimensional parameters are never decayed anyway).
+    """
+
+    name: ClassVar[str] = ""
+    Config: ClassVar[type]
+    causal: ClassVar[bool] = True
+    no_weight_decay: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: Any, *, layer_index: int = 0, num_layers: int = 1):
+        super().__init__()
+        self.config, self.layer_index, self.num_layers = config, layer_index, num_layers
+
+    def reset_parameters(self) -> None:
+        """The authors' initialisation of every parameter of this mixer. Called by the constructor of the subclass."""
+        raise NotImplementedError
+
+    def state_spec(self) -> StateSpec:
+        raise NotImplementedError
+
+    def forward(self, x_BTD: Tensor, state: State | None = None, *, context: Context | None = None) -> tuple[Tensor, State | None]:
+        raise NotImplementedError

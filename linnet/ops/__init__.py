@@ -1,0 +1,31 @@
+"""The mathematics: functions of tensors, without parameters, modules or process groups.
+
+Every operator takes [B, T, ...] operands, an optional `initial_state`, optional packed segments (`cu_seqlens`), and returns
+`(output, state)`, the state a tuple of tensors with the row (batch or segment) first, or None unless `return_state=True`.
+"""
+
+# `import torch` must not appear in this file: the subpackage linnet.ops.torch would replace the name.
+from linnet.ops import reference as reference
+from linnet.ops import torch as torch
+from linnet.ops._dispatch import backends_of, choose, debug, execute, operators, use_handler
+from linnet.ops.attention import softmax_attention
+from linnet.ops.elementwise import cumulative_logsumexp, scan, selective_scan, short_conv, token_shift
+from linnet.ops.recurrent import delta_rule, dplr, linear_attention
+
+__all__ = [
+    "backends_of",
+    "choose",
+    "cumulative_logsumexp",
+    "debug",
+    "delta_rule",
+    "dplr",
+    "execute",
+    "linear_attention",
+    "operators",
+    "scan",
+    "selective_scan",
+    "short_conv",
+    "softmax_attention",
+    "token_shift",
+    "use_handler",
+]

@@ -1,0 +1,3 @@
+"""Backend `torch`: chunkwise PyTorch on any device, differentiable, without a Python loop over tokens."""
+
+from linnet.ops.torch import attention, elementwise, recurrent  # noqa: F401  (each registers its implementations)
