@@ -69,6 +69,27 @@ class Mixer(nn.Module):
         super().__init__()
         self.config, self.layer_index, self.num_layers = config, layer_index, num_layers
 
+    def make_spec(self, **shapes: tuple[int | None, ...] | None) -> StateSpec:
+        """A StateSpec from name=shape: at least fp32, int64 for shape () (a count of tokens); a name of shape None is left out."""
+        dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
+        kept = {name: tuple(shape) for name, shape in shapes.items() if shape is not None}
+        return StateSpec(tuple(kept), tuple(kept.values()), tuple(dtype if shape else torch.int64 for shape in kept.values()))
+
+    def open_state(self, state: State | None, *names: str | None) -> list[Tensor | None]:
+        """One tensor (None at the start) per name, None for a name that is None: this mixer does not keep that state."""
+        kept = [name for name in names if name is not None]
+        if state is None:
+            return [None] * len(names)
+        if len(state) != len(kept):
+            raise ValueError(f"{self.name}: argument 'state' must be a tuple ({', '.join(kept)}); got {len(state)} tensors")
+        values = iter(state)
+        return [None if name is None else next(values) for name in names]
+
+    @staticmethod
+    def close_state(context: Context, *values: Tensor | None) -> State | None:
+        """The new state: the tensors that are kept, if the caller wants them."""
+        return tuple(x for x in values if x is not None) if context.return_state else None
+
     def reset_parameters(self) -> None:
         """The authors' initialisation of every parameter of this mixer. Called by the constructor of the subclass."""
         raise NotImplementedError

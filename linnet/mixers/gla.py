@@ -1,0 +1,113 @@
+"""Gated linear attention: a decay per key channel that depends on the token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linnet import ops
+from linnet.feature_maps import get_feature_map
+from linnet.mixers import _layers as L
+from linnet.mixers._base import Context, Mixer, State, StateSpec
+from linnet.mixers._registry import register_mixer
+
+
+@dataclass(frozen=True)
+class GLAConfig:
+    """Options of `gla`.
+
+    kv_heads: heads of k, v and the decay, a divisor of `heads` (None: `heads`).
+    expand_k, expand_v: key and value width over d_model. gate_rank: rank of the decay projection.
+    temperature: tau, the log-decay is logsigmoid(.) / tau. decay_min: clamp the log-decay from below (None: not clamped).
+    feature_map: of q and k ("identity", "elu+1", "relu", "silu"). conv_size: width of a short convolution on q, k, v (None: none).
+    """
+
+    d_model: int
+    heads: int = 4
+    kv_heads: int | None = None
+    expand_k: float = 0.5
+    expand_v: float = 1.0
+    gate_rank: int = 16
+    temperature: float = 16.0
+    decay_min: float | None = None
+    feature_map: str = "identity"
+    conv_size: int | None = None
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        sizes = {"d_model": self.d_model, "heads": self.heads, "kv_heads": self.kv_heads}
+        L.check_positive("gla", **sizes, gate_rank=self.gate_rank, conv_size=self.conv_size)
+        L.check_number("gla", 0, expand_k=self.expand_k, expand_v=self.expand_v, temperature=self.temperature, norm_eps=self.norm_eps)
+        L.check_number("gla", float("-inf"), 0, decay_min=self.decay_min)
+        L.check_feature_map("gla", feature_map=self.feature_map)
+        if self.heads % self.groups:
+            L.refuse("gla", "kv_heads", f"a divisor of heads = {self.heads}", self.kv_heads)
+        L.divided("gla", "expand_k", self.d_model * self.expand_k, self.heads)
+        L.divided("gla", "expand_v", self.d_model * self.expand_v, self.heads)
+
+    @property
+    def groups(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def key_size(self) -> int:
+        return int(self.d_model * self.expand_k / self.heads)
+
+    @property
+    def value_size(self) -> int:
+        return int(self.d_model * self.expand_v / self.heads)
+
+
+@register_mixer("gla")
+class GLA(Mixer):
+    r"""Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training", 2023 (arXiv 2312.06635).
+
+        S_t = Diag(alpha_t) S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t / sqrt(K),   alpha_t = sigmoid(x_t W_1 W_2 + b)^(1/tau)
+        y_t = W_o (RMSNorm_head(o_t) * swish(x_t W_g))
+
+    Maps to `linnet.ops.linear_attention` with log_decay [B,T,H,K]. State: S [N,H,K,V] (and the convolution's, where there is one).
+    """
+
+    Config = GLAConfig
+    no_weight_decay = ("gk_proj.down.weight", "gk_proj.up.weight")
+
+    def __init__(self, config: GLAConfig, *, layer_index: int = 0, num_layers: int = 1):
+        super().__init__(config, layer_index=layer_index, num_layers=num_layers)
+        c = config
+        self.widths = (c.heads * c.key_size, c.groups * c.key_size, c.groups * c.value_size)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(c.d_model, width, bias=False) for width in self.widths)
+        self.conv = L.ShortConv(sum(self.widths), c.conv_size) if c.conv_size else None
+        self.gk_proj = L.LowRank(c.d_model, c.gate_rank, c.groups * c.key_size, bias=True)
+        self.g_proj = nn.Linear(c.d_model, c.heads * c.value_size, bias=False)
+        self.o_norm = L.GatedRMSNorm(c.value_size, eps=c.norm_eps)
+        self.o_proj = nn.Linear(c.heads * c.value_size, c.d_model, bias=False)
+        self.phi = get_feature_map(c.feature_map)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        L.init_normal(self)
+
+    def state_spec(self) -> StateSpec:
+        c = self.config
+        return self.make_spec(conv=self.conv.state_shape if self.conv else None, S=(c.groups, c.key_size, c.value_size))
+
+    def forward(self, x_BTD: Tensor, state: State | None = None, *, context: Context | None = None) -> tuple[Tensor, State | None]:
+        c, context = self.config, context or Context()
+        conv, S = self.open_state(state, "conv" if self.conv else None, "S")
+        qkv = [self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)]
+        if self.conv is not None:
+            mixed, conv = self.conv(torch.cat(qkv, -1), conv, context)
+            qkv = mixed.split(self.widths, -1)
+        q_BTHK, k_BTHK, v_BTHV = (L.split_heads(y, h) for y, h in zip(qkv, (c.heads, c.groups, c.groups), strict=True))
+        g_BTHK = L.split_heads(F.logsigmoid(L.full(self.gk_proj(x_BTD))) / c.temperature, c.groups)
+        if c.decay_min is not None:
+            g_BTHK = g_BTHK.clamp_min(c.decay_min)
+        o_BTHV, new = ops.linear_attention(
+            self.phi(q_BTHK), self.phi(k_BTHK), v_BTHV, g_BTHK, log_decay_min=c.decay_min, initial_state=S,
+            return_state=context.return_state, cu_seqlens=context.cu_seqlens,
+        )  # fmt: skip
+        y_BTD = self.o_proj(self.o_norm(o_BTHV, L.split_heads(self.g_proj(x_BTD), c.heads)).flatten(2))
+        return y_BTD, self.close_state(context, conv, *(new or ()))
