@@ -142,10 +142,10 @@ class RWKV7(Mixer):
         delta_BTD = past_BTD - x_BTD
         x_r, x_w, x_k, x_v, x_a, x_g = (x_BTD + delta_BTD * self.mu[name] for name in MIXED)
         r_BTD, k_BTD, v_BTD = self.r_proj(x_r), self.k_proj(x_k), self.value(x_v, context)
-        a_BTD, gate_BTD = torch.sigmoid(self.a_lora(x_a)), self.g_lora(x_g)
+        a_BTD, gate_BTD, dtype = torch.sigmoid(self.a_lora(x_a)), self.g_lora(x_g), r_BTD.dtype  # k_k, k_a may promote under autocast
         log_w_BTD = DECAY_SCALE * torch.sigmoid(L.full(self.w_lora(x_w)))
-        kappa_BTHK = nn.functional.normalize(L.full(L.split_heads(k_BTD * self.k_k, c.state_heads)), dim=-1).to(x_BTD.dtype)
-        k_BTD = k_BTD * (1 + (a_BTD - 1) * self.k_a)
+        kappa_BTHK = nn.functional.normalize(L.full(L.split_heads(k_BTD * self.k_k, c.state_heads)), dim=-1).to(dtype)
+        k_BTD = (k_BTD * (1 + (a_BTD - 1) * self.k_a)).to(dtype)
         r_BTHK, k_BTHK, v_BTHV, a_BTHK = (L.split_heads(y, c.state_heads) for y in (r_BTD, k_BTD, v_BTD, a_BTD))
         o_BTHV, new = ops.dplr(
             r_BTHK, k_BTHK, v_BTHV, -kappa_BTHK, kappa_BTHK * a_BTHK, L.split_heads(log_w_BTD, c.state_heads), scale=1.0,

@@ -181,14 +181,14 @@ class LinnetModel(LinnetPreTrainedModel):
         if x_BTD.shape[1] == 0:
             raise ValueError("input_ids must hold at least one token per row; got 0")
         batch, tokens = x_BTD.shape[:2]
+        if attention_mask is None and past_key_values is None:
+            cu_seqlens = _document_offsets(cu_seqlens, position_ids, kwargs)
         cu_seqlens = _check_offsets(cu_seqlens, batch, tokens, x_BTD.device)
         mask_BT = _check_mask(attention_mask, batch, tokens, cu_seqlens)
         if position_ids is not None:
             if position_ids.ndim != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != tokens:
                 raise ValueError(f"position_ids must be of shape [{batch}, {tokens}] or [1, {tokens}]; got {list(position_ids.shape)}")
             position_ids = position_ids.expand(batch, tokens)
-            if batch == 1 and cu_seqlens is None and mask_BT is None and past_key_values is None:
-                cu_seqlens = _restarts(position_ids[0])
         cache = None if past_key_values is None else check_cache(past_key_values, len(self.layers))
         wanted = use_cache if use_cache is not None else (cache is not None or (self.config.use_cache and not self.training))
         cache = cache or (LinnetCache(len(self.layers)) if wanted else None)
@@ -264,12 +264,19 @@ def _check_mask(mask: Tensor | None, batch: int, tokens: int, cu_seqlens: Tensor
     return mask_BT
 
 
-def _restarts(position_T: Tensor) -> Tensor | None:
-    """Offsets of documents that are packed without saying so: positions start at 0 again. Not seen under torch.compile."""
-    if torch.compiler.is_compiling():
+def _document_offsets(cu_seqlens: Tensor | None, position_ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+    """Offsets of packed documents, also where they come as transformers' padding-free collators send them.
+
+    That is as `cu_seq_lens_q`, or as position_ids that start at 0 again, which are not seen under torch.compile.
+    """
+    if cu_seqlens is None:
+        cu_seqlens = kwargs.get("cu_seq_lens_q")
+    if cu_seqlens is not None or position_ids is None or position_ids.shape[0] != 1 or torch.compiler.is_compiling():
+        return cu_seqlens
+    start_N = (position_ids[0, 1:] == 0).nonzero()[:, 0] + 1
+    if not start_N.numel():
         return None
-    start_N = (position_T[1:] == 0).nonzero()[:, 0] + 1
-    return F.pad(start_N, (1, 1)).index_fill(0, start_N.new_tensor([start_N.numel() + 1]), position_T.numel()).to(torch.int32) if start_N.numel() else None
+    return torch.cat((start_N.new_zeros(1), start_N, start_N.new_full((1,), position_ids.shape[1]))).to(torch.int32)
 
 
 def _positions(x_BTD: Tensor, cu_seqlens: Tensor | None, tokens_N: Tensor | None) -> Tensor | None:
@@ -331,6 +338,8 @@ class LinnetForCausalLM(LinnetPreTrainedModel, GenerationMixin):
         Returns:
             loss (fp32 scalar, nats per token) or None; logits [B, T, V] or None; past_key_values; hidden_states if asked for.
         """
+        if attention_mask is None and past_key_values is None:
+            cu_seqlens = _document_offsets(cu_seqlens, position_ids, kwargs)
         has_labels = labels is not None or shift_labels is not None
         use_cache = False if has_labels and use_cache is None and past_key_values is None else use_cache
         output = self.model(
@@ -339,9 +348,6 @@ class LinnetForCausalLM(LinnetPreTrainedModel, GenerationMixin):
         x_BTD = output.last_hidden_state
         loss = None
         if has_labels:
-            cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
-            if cu_seqlens is None and position_ids is not None and len(x_BTD) == 1 and past_key_values is None:
-                cu_seqlens = _restarts(position_ids[0])
             mask_BT = None if attention_mask is None else attention_mask[:, -x_BTD.shape[1] :]
             name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
             if given.shape != x_BTD.shape[:2]:

@@ -74,6 +74,10 @@ def execute(op: str, backend: str | None, arguments: dict[str, Any]) -> Any:
         reason = refusal(op, backend, arguments)
         if reason is not None:
             raise ValueError(f"{op}: backend={backend!r} cannot run this call: {reason}")
+    device = next(x.device.type for x in arguments.values() if isinstance(x, torch.Tensor))
+    if torch.is_autocast_enabled(device):  # a backend chooses its own precision: sums and states stay in at least fp32
+        with torch.autocast(device, enabled=False):
+            return _implementations[op, backend](**arguments)
     return _implementations[op, backend](**arguments)
 
 

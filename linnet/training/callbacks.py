@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -95,11 +94,11 @@ class FiniteLoss(TrainerCallback):
 class Progress(TrainerCallback):
     """A live bar: share of the budget, step, loss, held-out bits per byte, tokens per second."""
 
-    def __init__(self, clock: Clock, tokens_per_step: int, console, on_step: Callable[[int], None] | None = None):
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    def __init__(self, clock: Clock, tokens_per_step: int, console):
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
         self.clock, self.tokens_per_step = clock, tokens_per_step
-        columns = (BarColumn(bar_width=24), TaskProgressColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=10), TaskProgressColumn(), TimeRemainingColumn(compact=True))
         self.bar = Progress(*columns, console=console)
         self.task = self.bar.add_task("", total=1.0)
         self.loss = self.held_out = ""
@@ -122,7 +121,7 @@ class Progress(TrainerCallback):
         if logs and "loss" in logs:
             self.loss = f" loss {logs['loss']:.3f}"
         if logs and "eval_bits_per_byte" in logs:
-            self.held_out = f" held-out {logs['eval_bits_per_byte']:.3f} bits/byte"
+            self.held_out = f" held-out {logs['eval_bits_per_byte']:.2f} b/B"
 
     def on_train_end(self, args, state, control, **kwargs):
         self.stop()

@@ -20,6 +20,7 @@ import torch
 import yaml
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, get_scheduler, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging as transformers_logging
 
 from linnet.evals.perplexity import bits_per_byte, unigram_bits_per_byte, xz_bits_per_byte
 from linnet.models import LinnetConfig, LinnetForCausalLM, no_weight_decay_parameters
@@ -158,7 +159,8 @@ def train(
     """
     from rich.console import Console
 
-    console = console or Console(quiet=quiet, stderr=False)
+    console = console or Console(quiet=quiet)
+    transformers_logging.disable_progress_bar()  # one bar is enough
     config.validate()
     out = Path(out)
     if out.exists() and not out.is_dir():

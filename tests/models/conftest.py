@@ -17,7 +17,13 @@ def make_model():
     def make(layers: str = "gla + attention", dtype: torch.dtype = torch.float32, seed: int = 0, **options) -> LinnetForCausalLM:
         options = {"vocab_size": VOCAB, "d_model": 16, "heads": 2, "d_ff": 24, "initializer_range": 0.2, **options}
         torch.manual_seed(seed)
-        return LinnetForCausalLM(LinnetConfig(layers=layers, **options)).to(dtype).eval()
+        model = LinnetForCausalLM(LinnetConfig(layers=layers, **options))
+        with torch.no_grad():  # mixers start with small outputs; a test must notice what they say
+            for layer in model.model.layers:
+                for part in layer.mixer.modules():
+                    if isinstance(part, torch.nn.Linear):
+                        part.weight.mul_(6)
+        return model.to(dtype).eval()
 
     return make
 

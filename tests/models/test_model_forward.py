@@ -123,7 +123,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_model, tokens, lay
         nonlocal runs
         runs += 1
 
-    handle = model.model.layers[0].mlp.register_forward_hook(count)
+    handle = model.model.layers[0].mixer_norm.register_forward_hook(count)
     got = gradients(model, model(x, labels=x).loss)
     handle.remove()
     assert runs == 2  # once forward, once recomputed

@@ -72,7 +72,7 @@ class Chunks:
             rows = x[0].index_select(0, self.index[chosen].flatten()).unflatten(0, (-1, C))  # [c, C, H, D]
             out = torch.empty(rows.shape[0], H, C, D, dtype=dtype, device=x.device)
             out.copy_(rows.transpose(1, 2))
-            return out.mul_(self.valid[chosen][:, None, :, None])
+            return out.masked_fill_(~self.valid[chosen][:, None, :, None], 0)  # not a product: -inf * 0
         waves, t0 = span[1] - span[0], span[0] * C
         t1 = min(span[1] * C, self.tokens)
         full = (t1 - t0) // C

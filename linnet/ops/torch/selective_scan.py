@@ -135,9 +135,15 @@ class _Chunk:
     def blocked(self, x: Tensor) -> Tensor:
         return x.unflatten(1, (self.blocks, self.steps))
 
-    def decays(self, extra: int = 0) -> Tensor:
+    def view(self, buffer: Tensor, extra: int = 0) -> Tensor:
+        """The beginning of a flat buffer as [R, m + extra, N, D]."""
+        shape = self.delta.shape[0], self.padded + extra, *self.A2.shape[1:]
+        return buffer[: math.prod(shape)].view(shape)
+
+    def decays(self, buffer: Tensor, extra: int = 0) -> Tensor:
         """a_t [R, m + extra, N, D]."""
-        a = self.of(self.delta, extra=extra).unsqueeze(2) * self.A2.unsqueeze(1)
+        a = self.view(buffer, extra)
+        torch.mul(self.of(self.delta, extra=extra).unsqueeze(2), self.A2.unsqueeze(1), out=a)
         return torch.exp2(a, out=a)
 
     def total(self, ahead: int = 0):
@@ -216,6 +222,12 @@ class _Layout:
             size *= 4
         return size
 
+    def buffer(self, like: Tensor) -> Tensor:
+        """Flat memory for the states of one chunk and one token more (a chunk may be padded to a multiple of its steps)."""
+        rows, channels = self.tile()
+        size = min(self.chunk(), self.tokens)
+        return like.new_empty(rows * (size + math.isqrt(size) + 2) * self.state * channels)
+
     def spans(self) -> list[tuple[int, int]]:
         size = self.chunk()
         return [(s, min(s + size, self.tokens)) for s in range(0, self.tokens, size)]
@@ -280,6 +292,7 @@ def selective_scan_op(
         final = torch.empty_like(A2)
     else:
         final = u.new_zeros(layout.rows, cu_seqlens.numel() - 1, *A2.shape[1:]) if state is None else state.clone()
+    buffer = layout.buffer(u)
     for r, d in layout.tiles():
         delta_, u_, A2_ = delta[r, :, d], u[r, :, d], A2[r, :, d].contiguous()
         state_ = None if state is None else state[r, ..., d]
@@ -288,7 +301,7 @@ def selective_scan_op(
             if keep:
                 starts[i, r, :, d] = carry
             chunk = _Chunk(s, e, delta_, A2_)
-            h = chunk.decays()
+            h = chunk.decays(buffer)
             carry, _ = _states(chunk, h, u_, B[r], carry, state_, firsts, out=h)
             carry = carry.clone()
             y[r, s:e, d] = _bmm(chunk.of(C[r]).unsqueeze(2), h).squeeze(2)[:, : e - s]
@@ -329,6 +342,7 @@ def selective_scan_backward_op(
     dh0 = None
     if state is not None:  # an empty segment hands its gradient through
         dh0 = torch.zeros_like(state) if dstate is None else dstate.clone()
+    buffers = [layout.buffer(u) for _ in range(3)]  # reused: fresh memory costs more than the arithmetic on it
     for r, d in layout.tiles():
         delta_, u_, dy_, A2_ = delta[r, :, d], u[r, :, d], dy[r, :, d], A2[r, :, d].contiguous()
         A_, state_ = A[r, :, d].unsqueeze(1), None if state is None else state[r, ..., d]
@@ -336,16 +350,15 @@ def selective_scan_backward_op(
         G_next = torch.zeros_like(A2_) if dstate is None or layout.packed else dstate_
         for i, (s, e) in reversed(list(enumerate(layout.spans()))):
             chunk = _Chunk(s, e, delta_, A2_)
-            decays = chunk.decays(extra=1)
+            decays = chunk.decays(buffers[0], extra=1)
             a = decays[:, :-1]
             start = starts[i, r, :, d]
-            h = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+            h, G = chunk.view(buffers[1]), chunk.view(buffers[2])
             _, begins = _states(chunk, a, u_, B[r], start, state_, firsts, out=h)
             ends = chunk.events(lasts)
             if ends is not None and dstate_ is not None:
                 ends.values = dstate_[:, ends.segments]
             left, right = chunk.outer(dy_, C[r])
-            G = torch.empty_like(h)
             G_next = _sweep(
                 chunk.blocked(decays[:, 1:]), chunk.total(ahead=1), left, right, G_next, chunk.blocked(G), ends, backward=True
             ).clone()

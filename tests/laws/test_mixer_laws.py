@@ -1,0 +1,352 @@
+"""The laws that every registered mixer obeys, in fp64 on tiny shapes, through the operators' default backends."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import linnet
+from linnet.mixers import Context, build_mixer, get_mixer, list_mixers, mixer_config
+
+D, HEADS = 16, 2
+SMALL = {"mamba2": {"d_state": 6}, "mamba": {"d_state": 4}, "rwkv7": {r: 4 for r in ("decay_rank", "a_rank", "value_rank", "gate_rank")}}
+VARIANTS = {
+    "attention-window": ("attention", {"window": 4, "kv_heads": 1, "qk_norm": True, "gate": True, "bias": True}),
+    "attention-window-2": ("attention", {"window": 2}),
+    "attention-nope": ("attention", {"position": "none", "window": 3}),
+    "linear_transformer-plain": ("linear_transformer", {"normalizer": None, "output_norm": True, "feature_map": "relu", "kv_heads": 1}),
+    "retnet-lightning": (
+        "retnet",
+        {"decay": "alibi", "position": "none", "activation": "silu", "norm": "full", "norm_affine": True, "gate": "sigmoid", "scale": 1.0},
+    ),
+    "retnet-rope": ("retnet", {"position": "rope", "decay": "tnl", "gate": None}),
+    "gla-conv": ("gla", {"conv_size": 3, "kv_heads": 1, "feature_map": "relu", "decay_min": -0.03}),
+    "mamba2-groups": ("mamba2", {"groups": 2, "norm_before_gate": True, "dt_limit": (0.01, 0.5), "bias": True}),
+    "hgrn-conv": ("hgrn", {"conv_size": 4, "expand": 2, "output": "gate_norm", "lower_bound": "fixed"}),
+    "deltanet-plain": ("deltanet", {"conv_size": None, "feature_map": "elu+1", "qk_norm": "sum", "gate": True, "beta": False}),
+    "gated_deltanet-grouped": ("gated_deltanet", {"value_heads": 4, "gate": False, "conv_size": None, "allow_neg_eigval": True}),
+    "kda-safe": ("kda", {"decay_gate": "safe", "value_heads": 4, "gate_rank": 0, "gate": "silu", "gate_bias": False}),
+}
+CASES = {name: (name, {}) for name in list_mixers()} | VARIANTS
+every_mixer = pytest.mark.parametrize("case", CASES)
+
+
+def make(case: str, layer_index: int = 0, num_layers: int = 1, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A mixer away from its initialisation, so that no part of it is silent (zero projections, unit norms)."""
+    name, options = CASES[case]
+    torch.manual_seed(0)
+    mixer = build_mixer(name, D, HEADS, layer_index=layer_index, num_layers=num_layers, **SMALL.get(name, {}) | options).to(dtype)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return mixer
+
+
+def inputs(batch: int, tokens: int, seed: int = 1) -> Tensor:
+    return torch.randn(batch, tokens, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def run(mixer: nn.Module, x: Tensor, state=None, **context):
+    return mixer(x, state, context=Context(return_state=True, **context))
+
+
+def in_parts(mixer: nn.Module, x: Tensor, cuts: list[int], state=None):
+    parts = []
+    for start, end in zip([0, *cuts], [*cuts, x.shape[1]], strict=True):
+        y, state = run(mixer, x[:, start:end], state)
+        parts.append(y)
+    return torch.cat(parts, 1), state
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def assert_states_agree(actual, expected) -> None:
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e)
+
+
+@every_mixer
+@pytest.mark.parametrize("token", [0, 5, 18])
+def test_perturbing_a_token_changes_nothing_before_it(case, token):
+    mixer, x = make(case), inputs(2, 19)
+    other = x.clone()
+    other[:, token] += torch.randn(D, dtype=x.dtype)
+    with torch.no_grad():
+        y, z = mixer(x)[0], mixer(other)[0]
+    assert torch.equal(y[:, :token], z[:, :token])
+    assert not torch.equal(y[:, token:], z[:, token:])
+
+
+@every_mixer
+@torch.no_grad()
+def test_prefill_and_token_by_token_decode_equal_the_full_pass(case):
+    mixer, x = make(case), inputs(2, 12)
+    y, state = run(mixer, x)
+    z, other = in_parts(mixer, x, list(range(7, 12)))
+    assert_close(z, y)
+    assert_states_agree(other, state)
+    assert_close(mixer(x)[0], y)
+    assert mixer(x)[1] is None
+
+
+@every_mixer
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(cuts=st.lists(st.integers(1, 19), min_size=1, max_size=3, unique=True).map(sorted))
+@torch.no_grad()
+def test_any_split_equals_the_full_pass(case, cuts):
+    mixer, x = make(case), inputs(1, 20)
+    y, state = run(mixer, x)
+    z, other = in_parts(mixer, x, cuts)
+    assert_close(z, y)
+    assert_states_agree(other, state)
+
+
+@every_mixer
+def test_gradients_flow_through_the_state(case):
+    mixer, x, weight = make(case), inputs(2, 9), inputs(2, 9, seed=2)
+    grads = []
+    for cuts in ([], [4]):
+        leaf = x.clone().requires_grad_()
+        y, _ = in_parts(mixer, leaf, cuts)
+        mixer.zero_grad()
+        (y * weight).sum().backward()
+        grads.append([leaf.grad] + [p.grad for p in mixer.parameters()])
+    for whole, split in zip(*grads, strict=True):
+        assert_close(split, whole, 1e-9)
+
+
+@every_mixer
+def test_packed_documents_equal_separate_documents(case):
+    mixer, lengths = make(case), [5, 1, 0, 7, 2]
+    offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    x, weight = inputs(1, sum(lengths)), inputs(1, sum(lengths), seed=2)
+    y, state = run(mixer, x, cu_seqlens=offsets)
+    (y * weight).sum().backward()
+    packed = [p.grad for p in mixer.parameters()]
+    mixer.zero_grad()
+    for row, (start, length) in enumerate(zip(offsets.tolist(), lengths, strict=False)):
+        if length == 0:
+            continue
+        z, alone = run(mixer, x[:, start : start + length])
+        assert_close(y[:, start : start + length], z)
+        for a, e in zip(state, alone, strict=True):
+            assert_close(a[row, : e.shape[1]] if e.ndim == 4 and a.shape[1] != e.shape[1] else a[row], e[0])
+        (z * weight[:, start : start + length]).sum().backward()
+    for a, p in zip(packed, mixer.parameters(), strict=True):
+        assert_close(a, p.grad, 1e-9)
+
+
+@every_mixer
+@torch.no_grad()
+def test_packed_documents_continue_from_their_states(case):
+    mixer = make(case)
+    first, second = torch.tensor([0, 3, 7], dtype=torch.int32), torch.tensor([0, 2, 3], dtype=torch.int32)
+    a, b = inputs(1, 7), inputs(1, 3, seed=2)
+    _, state = run(mixer, a, cu_seqlens=first)
+    y, _ = run(mixer, b, state, cu_seqlens=second)
+    one = mixer(torch.cat((a[:, :3], b[:, :2]), 1))[0][:, 3:]
+    two = mixer(torch.cat((a[:, 3:], b[:, 2:]), 1))[0][:, 4:]
+    assert_close(y, torch.cat((one, two), 1))
+
+
+@every_mixer
+@torch.no_grad()
+def test_states_can_be_reordered_saved_and_resumed(case):
+    mixer, x, more = make(case), inputs(3, 6), inputs(3, 4, seed=2)
+    rows = torch.tensor([2, 0])
+    _, state = run(mixer, x)
+    file = io.BytesIO()
+    torch.save([part[rows] for part in state], file)
+    file.seek(0)
+    y, resumed = run(mixer, more[rows], tuple(torch.load(file)))
+    z, uninterrupted = run(mixer, torch.cat((x, more), 1))
+    assert_close(y, z[rows, 6:])
+    assert_states_agree(resumed, [part[rows] for part in uninterrupted])
+
+
+@every_mixer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@torch.no_grad()
+def test_state_spec_describes_the_returned_state(case, dtype):
+    mixer = make(case, dtype=dtype)
+    _, state = run(mixer, inputs(2, 8).to(dtype))
+    spec = mixer.state_spec()
+    assert len(spec.names) == len(set(spec.names)) == len(state)
+    for part, shape, kind in zip(state, spec.shapes, spec.dtypes, strict=True):
+        assert part.shape == (2, *(8 if size is None else size for size in shape))
+        assert part.dtype == kind
+    assert spec.bytes_per_row(8) == sum(part[0].numel() * part.element_size() for part in state)
+
+
+@every_mixer
+@torch.no_grad()
+def test_the_state_of_decoding_has_a_constant_size(case):
+    mixer, x = make(case), inputs(1, 1)
+    if any(None in shape for shape in mixer.state_spec().shapes):
+        assert CASES[case][0] == "attention"
+        return
+    _, state = run(mixer, inputs(1, 6))
+    size = sum(part.numel() for part in state)
+    for _ in range(8):
+        _, state = run(mixer, x, state)
+        assert sum(part.numel() for part in state) == size
+
+
+@every_mixer
+def test_gradients_reach_every_parameter_of_a_stack(case):
+    layers = [make(case, layer_index=i, num_layers=3) for i in range(3)]
+    context, y = Context(), inputs(2, 9)
+    for layer in layers:
+        y = y + layer(y, context=context)[0]
+    (y * inputs(2, 9, seed=2)).sum().backward()
+    for layer in layers:
+        for name, parameter in layer.named_parameters():
+            assert parameter.grad is not None and bool(parameter.grad.abs().max() > 0), name
+
+
+@every_mixer
+@torch.no_grad()
+def test_a_stack_decodes_as_it_prefills(case):
+    layers, x = [make(case, layer_index=i, num_layers=3) for i in range(3)], inputs(2, 6)
+
+    def stack(y, states):
+        context, new = Context(return_state=True), []
+        for layer, state in zip(layers, states, strict=True):
+            z, state = layer(y, state, context=context)
+            y, new = y + z, [*new, state]
+        return y, new
+
+    whole, _ = stack(x, [None] * 3)
+    states, parts = [None] * 3, []
+    for t in range(6):
+        y, states = stack(x[:, t : t + 1], states)
+        parts.append(y)
+    assert_close(torch.cat(parts, 1), whole)
+
+
+@every_mixer
+@torch.no_grad()
+def test_state_dict_restores_the_outputs(case):
+    mixer, x = make(case), inputs(1, 5)
+    name, options = CASES[case]
+    torch.manual_seed(7)
+    other = build_mixer(name, D, HEADS, **SMALL.get(name, {}) | options).double()
+    assert not torch.equal(other(x)[0], mixer(x)[0])
+    other.load_state_dict(mixer.state_dict(), strict=True)
+    assert torch.equal(other(x)[0], mixer(x)[0])
+
+
+@every_mixer
+def test_reset_parameters_is_the_whole_initialisation(case):
+    name, options = CASES[case]
+    torch.manual_seed(3)
+    fresh = build_mixer(name, D, HEADS, **SMALL.get(name, {}) | options)
+    for parameter in fresh.parameters():
+        parameter.data.fill_(float("nan"))
+    fresh.reset_parameters()
+    for key, value in fresh.named_parameters():
+        assert bool(value.isfinite().all()), key
+    assert not list(fresh.buffers())
+
+
+@every_mixer
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17])
+def test_any_length_is_a_prefix_of_a_longer_one(case, tokens):
+    mixer, x = make(case), inputs(1, 65)
+    assert_close(mixer(x[:, :tokens])[0], mixer(x)[0][:, :tokens])
+
+
+@every_mixer
+@torch.no_grad()
+def test_bfloat16_stays_near_double(case):
+    mixer = make(case, dtype=torch.bfloat16)
+    x = inputs(2, 17).bfloat16()
+    y, state = run(mixer, x)
+    z, _ = run(mixer, x[:, :1], state)
+    assert y.dtype == z.dtype == torch.bfloat16 and bool(y.isfinite().all()) and bool(z.isfinite().all())
+    exact = mixer.double()(x.double())[0]
+    assert float((y.double() - exact).norm() / exact.norm()) < 0.1
+
+
+@every_mixer
+def test_autocast_trains(case):
+    mixer, x = make(case, dtype=torch.float32), inputs(2, 9).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = run(mixer, x)
+        y, state = run(mixer, y, state)
+    y.float().square().sum().backward()
+    for name, parameter in mixer.named_parameters():
+        assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
+
+
+@every_mixer
+@torch.no_grad()
+def test_declared_bounds_hold_for_large_inputs(case):
+    mixer, x = make(case, dtype=torch.float32), 30 * inputs(2, 9).float()
+    with linnet.debug():
+        assert bool(mixer(x)[0].isfinite().all())
+
+
+@every_mixer
+def test_names_without_weight_decay_exist(case):
+    names = {name for layer in (0, 1) for name, _ in make(case, layer_index=layer, num_layers=2).named_parameters()}
+    name, options = CASES[case]
+    assert set(get_mixer(name).no_weight_decay) <= names or options or name in ("hgrn",)
+
+
+@every_mixer
+def test_a_state_of_another_layout_is_refused(case):
+    with pytest.raises(ValueError, match="'state' must be a tuple .* got 7 tensors"):
+        make(case)(inputs(1, 1), (inputs(1, 1),) * 7)
+
+
+BAD = {
+    "attention": [
+        ({"heads": 3}, "heads"), ({"kv_heads": 3, "heads": 4}, "kv_heads"), ({"window": 0}, "window"), ({"position": "alibi"}, "position"),
+        ({"rotary_dim": 3}, "rotary_dim"), ({"head_dim": 5}, "head_dim"), ({"rope_theta": -1.0}, "rope_theta"), ({"norm_eps": 0}, "norm_eps"),
+    ],
+    "linear_transformer": [({"feature_map": "exp"}, "feature_map"), ({"normalizer": "floor"}, "normalizer"), ({"kv_heads": 3}, "kv_heads"), ({"expand_k": 0.3}, "expand_k")],
+    "retnet": [
+        ({"decay": "slow"}, "decay"), ({"decay": (-1.0,)}, "decay"), ({"decay": (0.1, -0.1)}, "decay"), ({"position": "xpos"}, "position"),
+        ({"gate": "relu"}, "gate"), ({"expand_k": 3 / 8}, "expand_k"), ({"expand_v": 0.2}, "expand_v"), ({"norm": "layer"}, "norm"),
+    ],
+    "gla": [({"expand_k": 0}, "expand_k"), ({"temperature": -1}, "temperature"), ({"decay_min": 1.0}, "decay_min"), ({"conv_size": 0}, "conv_size"), ({"gate_rank": 0}, "gate_rank")],
+    "mamba": [({"d_state": 0}, "d_state"), ({"dt_max": 1e-4}, "dt_max"), ({"dt_init": "zero"}, "dt_init"), ({"expand": 1.03}, "expand"), ({"dt_rank": -1}, "dt_rank")],
+    "mamba2": [({"groups": 3}, "groups"), ({"heads": 5}, "heads"), ({"head_dim": 7}, "head_dim"), ({"dt_limit": (1.0, 0.5)}, "dt_limit"), ({"A_range": None}, "A_range")],
+    "hgrn": [({"lower_bound": "high"}, "lower_bound"), ({"output": "plain"}, "output"), ({"expand": -1}, "expand"), ({"conv_size": 2.5}, "conv_size")],
+    "deltanet": [({"qk_norm": "rms"}, "qk_norm"), ({"qk_norm": "sum"}, "feature_map"), ({"expand_v": 0.3}, "expand_v"), ({"heads": 3}, "expand_k")],
+    "gated_deltanet": [({"value_heads": 3}, "value_heads"), ({"head_dim": 0}, "head_dim"), ({"expand_v": 1.3}, "expand_v"), ({"A_range": (2, 1)}, "A_range")],
+    "kda": [({"decay_gate": "exp"}, "decay_gate"), ({"decay_min": 0.0}, "decay_min"), ({"gate": "relu"}, "gate"), ({"value_heads": 3}, "value_heads"), ({"heads": 3}, "heads")],
+    "rwkv7": [({"heads": 3}, "heads"), ({"head_dim": 4}, "head_dim"), ({"gate_rank": 0}, "gate_rank"), ({"value_residual": 1}, "value_residual")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name,options,option", [(name, o, named) for name, rows in BAD.items() for o, named in rows])
+def test_bad_options_are_refused_by_name(name, options, option):
+    with pytest.raises(ValueError, match=f"{name}: option '{option}' must be .*; got "):
+        mixer_config(name, D, **{"heads": HEADS} | options)
+
+
+@pytest.mark.parametrize("name", list_mixers())
+def test_bad_sizes_and_unknown_options_are_refused(name):
+    assert name in BAD, "a new mixer lists its bad options here"
+    with pytest.raises(ValueError, match=f"{name}: option 'd_model' must be an integer >= 1; got 0"):
+        mixer_config(name, 0, HEADS)
+    with pytest.raises(ValueError, match="option must be one of .*; got 'colour'"):
+        mixer_config(name, D, HEADS, colour=1)
+
+
+@pytest.mark.parametrize("name", list_mixers())
+def test_default_sizes_are_near_the_published_ratio(name):
+    """4 to 8 d^2 parameters in the published layers, at a width where the low ranks do not dominate."""
+    count = sum(p.numel() for p in build_mixer(name, 512, 4).parameters())
+    assert 3.5 < count / 512**2 < 8.5
