@@ -2,12 +2,12 @@ r"""Held-out bits per byte: what a language model would need to store a text, fo
 
     bits per byte = sum over documents, over text tokens t, of -log2 p(token_t | its past in the document) / bytes
 
-Bytes are those of the text in UTF-8, not of the tokens. Each document is predicted from its own start: its first token given
-the begin-of-document token, nothing given another document. The end-of-document token is not counted, as a compressor of
-the concatenated text does not say where documents end either.
+Bytes are those of the text in UTF-8, not of the tokens. Each document is predicted from its own start: its first token
+given the begin-of-document token, nothing given another document. The end-of-document token is not counted, as a
+compressor of the concatenated text does not say where documents end either.
 
-A document longer than `context` is scored with a sliding window: the first window scores all its tokens, each further one
-scores `stride` new tokens given the `context - stride` before them.
+A document longer than `context` is scored with a sliding window: the first window scores all its tokens, each further
+one scores `stride` new tokens given the `context - stride` before them.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def bits_per_byte(
     """Held-out bits per byte of `model` on `texts`, each an independent document.
 
     Args:
-        model: a causal language model. If its forward takes `cu_seqlens`, windows are packed into rows of `tokens_per_batch`
-            tokens; otherwise they are run one by one.
+        model: a causal language model. If its forward takes `cu_seqlens`, windows are packed into rows of
+            `tokens_per_batch` tokens; otherwise they are run one by one.
         tokenizer: any Hugging Face tokenizer. Without a begin-of-document token, the first token of each document costs
             log2(vocabulary) bits.
         context: tokens of the longest window. stride: new tokens per window, `context // 2` if None.

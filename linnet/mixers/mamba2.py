@@ -20,7 +20,7 @@ class Mamba2Config:
     """Options of `mamba2`.
 
     heads: H (None: inner width / head_dim). head_dim: P, value channels per head (None: inner width / heads, 64 without both).
-    d_state: N, key channels. groups: heads of B and C, a divisor of `heads`; also the blocks of the gated norm.
+    d_state: N, key channels. groups: heads of B and C, a divisor of `heads`. norm_groups: blocks of the gated norm (None: `groups`).
     expand: inner width over d_model. d_conv: taps of the short convolution. dt_limit: (low, high) clamp of the step size.
     norm_before_gate: RMSNorm(y) * silu(z) instead of the published RMSNorm(y * silu(z)).
     A_range: -A is uniform in it at the start. dt_min, dt_max, dt_floor: the step sizes at the start. bias, conv_bias: biases.
@@ -31,6 +31,7 @@ class Mamba2Config:
     head_dim: int | None = None
     d_state: int = 128
     groups: int = 1
+    norm_groups: int | None = None
     expand: float = 2
     d_conv: int = 4
     dt_limit: tuple[float, float] | None = None
@@ -46,7 +47,7 @@ class Mamba2Config:
     def __post_init__(self):
         L.check_positive(
             "mamba2", d_model=self.d_model, heads=self.heads, head_dim=self.head_dim, d_state=self.d_state, groups=self.groups,
-            d_conv=self.d_conv,
+            norm_groups=self.norm_groups, d_conv=self.d_conv,
         )  # fmt: skip
         L.check_number("mamba2", 0, expand=self.expand, norm_eps=self.norm_eps, dt_min=self.dt_min, dt_floor=self.dt_floor)
         L.check_number("mamba2", self.dt_min, dt_max=self.dt_max)
@@ -60,6 +61,8 @@ class Mamba2Config:
             L.refuse("mamba2", "head_dim", f"{width} / {heads}, inner width over heads", self.head_dim)
         if heads % self.groups:
             L.refuse("mamba2", "groups", f"a divisor of heads = {heads}", self.groups)
+        if width % (self.norm_groups or self.groups):
+            L.refuse("mamba2", "norm_groups", f"a divisor of the inner width {width}", self.norm_groups)
 
     @property
     def width(self) -> int:
@@ -99,7 +102,7 @@ class Mamba2(Mixer):
         self.in_proj = nn.Linear(c.d_model, sum(self.widths), bias=c.bias)
         self.conv = L.ShortConv(sum(self.inner), c.d_conv, bias=c.conv_bias)
         self.A_log, self.D, self.dt_bias = (nn.Parameter(torch.empty(H)) for _ in range(3))
-        self.norm = L.GatedRMSNorm(c.width, eps=c.norm_eps, groups=c.groups, norm_before_gate=c.norm_before_gate)
+        self.norm = L.GatedRMSNorm(c.width, eps=c.norm_eps, groups=c.norm_groups or c.groups, norm_before_gate=c.norm_before_gate)
         self.out_proj = nn.Linear(c.width, c.d_model, bias=c.bias)
         self.reset_parameters()
 

@@ -105,10 +105,14 @@ class LinnetCache(Cache):
         return self
 
     def crop(self, *_: object, **__: object) -> NoReturn:
-        raise ValueError("LinnetCache.crop: a recurrent state cannot forget its last tokens; keep a copy.deepcopy of the cache instead")
+        raise ValueError(
+            "LinnetCache.crop: a recurrent state cannot forget its last tokens; keep a copy.deepcopy of the cache instead"
+        )
 
     def activate_past_recording(self) -> NoReturn:
-        raise ValueError("LinnetCache: assisted generation needs a state that can be rolled back; use another decoding method")
+        raise ValueError(
+            "LinnetCache: assisted generation needs a state that can be rolled back; use another decoding method"
+        )
 
     def update(self, *_: object, **__: object) -> NoReturn:
         raise ValueError("LinnetCache holds states of Linnet mixers, not keys and values; pass it to a Linnet model")

@@ -23,7 +23,9 @@ def next_token_targets(labels_BT: Tensor, cu_seqlens: Tensor | None = None, mask
     if mask_BT is not None:
         targets_BT = targets_BT.masked_fill(mask_BT == 0, IGNORE)
     if cu_seqlens is not None:
-        last = (cu_seqlens[1:] - 1).long() % labels_BT.shape[1]  # a leading empty document wraps to the last token, which predicts nothing
+        last = (cu_seqlens[1:] - 1).long() % labels_BT.shape[
+            1
+        ]  # a leading empty document wraps to the last token, which predicts nothing
         targets_BT = targets_BT.index_fill(1, last, IGNORE)
     return targets_BT
 
@@ -67,7 +69,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, *, num_items: Tensor | int | None = None, chunk_tokens: int | None = None
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    num_items: Tensor | int | None = None,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
     """Mean cross-entropy of `softmax(x @ weight.T)` against `targets`, in nats.
 
@@ -83,7 +90,9 @@ def linear_cross_entropy(
     that of the weight. Products are formed in the dtype of x (of autocast, if it is on), sums in fp32.
     """
     if targets.shape != x.shape[:-1]:
-        raise ValueError(f"linear_cross_entropy: targets must have the shape {tuple(x.shape[:-1])} of x without its last axis; got {tuple(targets.shape)}")
+        raise ValueError(
+            f"linear_cross_entropy: targets must have the shape {tuple(x.shape[:-1])} of x without its last axis; got {tuple(targets.shape)}"
+        )
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"linear_cross_entropy: chunk_tokens must be >= 1 or None; got {chunk_tokens}")
     x_ND, targets_N = x.reshape(-1, x.shape[-1]), targets.reshape(-1)

@@ -45,7 +45,9 @@ def mlp_factory(pattern: str) -> Callable[[int, int], nn.Module] | None:
     known = list(inspect.signature(_mlps[name]).parameters)[2:] if _mlps[name] else []
     for option in options:
         if option not in known:
-            raise ValueError(f"mlp {name!r}: option must be one of {', '.join(known) or '(it has none)'}; got {option!r}")
+            raise ValueError(
+                f"mlp {name!r}: option must be one of {', '.join(known) or '(it has none)'}; got {option!r}"
+            )
     return functools.partial(_mlps[name], **options) if _mlps[name] else None
 
 

@@ -49,7 +49,13 @@ class LinnetBlock(GradientCheckpointingLayer):
         self.mlp = make_mlp(config.d_model, config.d_ff) if make_mlp else None
 
     def forward(
-        self, x_BTD: Tensor, state: State | None, shared: dict[str, Any], cu_seqlens: Tensor | None, positions_BT: Tensor | None, return_state: bool
+        self,
+        x_BTD: Tensor,
+        state: State | None,
+        shared: dict[str, Any],
+        cu_seqlens: Tensor | None,
+        positions_BT: Tensor | None,
+        return_state: bool,
     ) -> tuple[Tensor, State | None, dict[str, Any]]:
         """The block as a function: `shared` is copied, so that a recomputation (checkpointing) sees what the first run saw."""
         context = Context(cu_seqlens=cu_seqlens, positions=positions_BT, return_state=return_state, shared=dict(shared))
@@ -88,6 +94,10 @@ class LinnetPreTrainedModel(PreTrainedModel):
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For code outside its own package transformers takes a module without direct parameters for initialised: most mixers.
+        super()._initialize_weights(module, False)
+
     @staticmethod
     def _init_mixer(mixer: Mixer) -> None:
         """The mixer's own initialisation, for what was not loaded only: loaded tensors come back bit for bit."""
@@ -106,22 +116,35 @@ class LinnetPreTrainedModel(PreTrainedModel):
                 for part in mixer.modules():
                     part._inside_mixer, part._is_hf_initialized = part is not mixer, done
 
-    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Callable | None = None, **kwargs: Any) -> None:
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable | None = None, **kwargs: Any
+    ) -> None:
         if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
-            raise ValueError("gradient checkpointing: use_reentrant must be False (values shared between layers need gradients); got True")
+            raise ValueError(
+                "gradient checkpointing: use_reentrant must be False (values shared between layers need gradients); got True"
+            )
         if gradient_checkpointing_func is not None:
             kwargs["gradient_checkpointing_func"] = gradient_checkpointing_func
         super()._set_gradient_checkpointing(enable=enable, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any):
-        """As in transformers. A torn or foreign weight file is refused with its name (OSError); nothing is written."""
+        """As in transformers. A torn or foreign weight file is refused with its name (OSError); nothing is written.
+
+        Weights on the CPU are copied out of the mapped file: they stay whatever happens to the file, and are aligned in memory, on
+        which the last bit of a matrix product depends.
+        """
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
             folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder", ""))
             bad = [str(file) for file in sorted(folder.glob("*.safetensors")) if not _readable(file)]
             raise OSError(f"corrupt checkpoint: {', '.join(bad) or pretrained_model_name_or_path}: {error}") from error
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for x in (*model.parameters(), *model.buffers()):
+            if x.device.type == "cpu":
+                x.data = x.data.clone()
+        return loaded
 
     def state_bytes(self, tokens: int = 0) -> int:
         """Bytes of the recurrent state of one sequence after `tokens` tokens, all layers together."""
@@ -174,7 +197,9 @@ class LinnetModel(LinnetPreTrainedModel):
             output_hidden_states: also return the input of every block and the final hidden states.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError(f"exactly one of input_ids and inputs_embeds must be given; got {'neither' if input_ids is None else 'both'}")
+            raise ValueError(
+                f"exactly one of input_ids and inputs_embeds must be given; got {'neither' if input_ids is None else 'both'}"
+            )
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions must be false: linear mixers form no attention matrix; got True")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -187,10 +212,14 @@ class LinnetModel(LinnetPreTrainedModel):
         mask_BT = _check_mask(attention_mask, batch, tokens, cu_seqlens)
         if position_ids is not None:
             if position_ids.ndim != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != tokens:
-                raise ValueError(f"position_ids must be of shape [{batch}, {tokens}] or [1, {tokens}]; got {list(position_ids.shape)}")
+                raise ValueError(
+                    f"position_ids must be of shape [{batch}, {tokens}] or [1, {tokens}]; got {list(position_ids.shape)}"
+                )
             position_ids = position_ids.expand(batch, tokens)
         cache = None if past_key_values is None else check_cache(past_key_values, len(self.layers))
-        wanted = use_cache if use_cache is not None else (cache is not None or (self.config.use_cache and not self.training))
+        wanted = (
+            use_cache if use_cache is not None else (cache is not None or (self.config.use_cache and not self.training))
+        )
         cache = cache or (LinnetCache(len(self.layers)) if wanted else None)
 
         index_M = None
@@ -200,9 +229,13 @@ class LinnetModel(LinnetPreTrainedModel):
             x_BTD = x_BTD.flatten(0, 1)[index_M][None]
             position_ids = None if position_ids is None else position_ids.flatten()[index_M][None]
         tokens_N = cache.tokens_N if cache is not None else None
-        counts_N = x_BTD.new_full((batch,), tokens, dtype=torch.int64) if cu_seqlens is None else cu_seqlens.diff().long()
+        counts_N = (
+            x_BTD.new_full((batch,), tokens, dtype=torch.int64) if cu_seqlens is None else cu_seqlens.diff().long()
+        )
         if tokens_N is not None and tokens_N.shape != counts_N.shape:
-            raise ValueError(f"past_key_values must hold {counts_N.shape[0]} rows (the batch, or the packed documents); got {tokens_N.shape[0]}")
+            raise ValueError(
+                f"past_key_values must hold {counts_N.shape[0]} rows (the batch, or the packed documents); got {tokens_N.shape[0]}"
+            )
         positions_BT = position_ids if position_ids is not None else _positions(x_BTD, cu_seqlens, tokens_N)
 
         hidden, shared = [], {}
@@ -225,7 +258,9 @@ class LinnetModel(LinnetPreTrainedModel):
             cache.states = states
             cache.tokens_N = counts_N if tokens_N is None else tokens_N + counts_N
             # Documents of different lengths count as the longest one; a padded batch counts its padding, as transformers does.
-            cache.seen_tokens = cache.seen_tokens + tokens if index_M is not None or cu_seqlens is None else int(cache.tokens_N.max())
+            cache.seen_tokens = (
+                cache.seen_tokens + tokens if index_M is not None or cu_seqlens is None else int(cache.tokens_N.max())
+            )
         wanted_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return BaseModelOutputWithPast(
             last_hidden_state=unpacked(x_BTD),
@@ -239,12 +274,16 @@ def _check_offsets(cu_seqlens: Tensor | None, batch: int, tokens: int, device: t
     if cu_seqlens is None:
         return None
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point() or cu_seqlens.device != device:
-        raise ValueError(f"cu_seqlens must be an int32 tensor [N+1] on {device} with N >= 1; got {list(cu_seqlens.shape)}, {cu_seqlens.dtype} on {cu_seqlens.device}")
+        raise ValueError(
+            f"cu_seqlens must be an int32 tensor [N+1] on {device} with N >= 1; got {list(cu_seqlens.shape)}, {cu_seqlens.dtype} on {cu_seqlens.device}"
+        )
     if batch != 1:
         raise ValueError(f"cu_seqlens needs one row that holds all documents (batch size 1); got batch size {batch}")
     if not torch.compiler.is_compiling() and (device.type == "cpu" or debugging()):
         if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != tokens or bool((cu_seqlens.diff() < 0).any()):
-            raise ValueError(f"cu_seqlens must be non-decreasing from 0 to the number of tokens {tokens}; got {cu_seqlens.tolist()}")
+            raise ValueError(
+                f"cu_seqlens must be non-decreasing from 0 to the number of tokens {tokens}; got {cu_seqlens.tolist()}"
+            )
     return cu_seqlens.to(torch.int32)
 
 
@@ -253,12 +292,16 @@ def _check_mask(mask: Tensor | None, batch: int, tokens: int, cu_seqlens: Tensor
     if mask is None:
         return None
     if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < tokens:
-        raise ValueError(f"attention_mask must be of shape [{batch}, {tokens}] (with a cache: [{batch}, past + {tokens}]); got {list(mask.shape)}")
+        raise ValueError(
+            f"attention_mask must be of shape [{batch}, {tokens}] (with a cache: [{batch}, past + {tokens}]); got {list(mask.shape)}"
+        )
     mask_BT = mask[:, -tokens:] != 0
     if bool(mask_BT.all()):
         return None
     if cu_seqlens is not None:
-        raise ValueError("attention_mask must be None or all ones with cu_seqlens (packed documents have no padding); got zeros")
+        raise ValueError(
+            "attention_mask must be None or all ones with cu_seqlens (packed documents have no padding); got zeros"
+        )
     if not bool(mask_BT.any()):
         raise ValueError("attention_mask must mark at least one real token; got only zeros")
     return mask_BT
@@ -321,7 +364,6 @@ class LinnetForCausalLM(LinnetPreTrainedModel, GenerationMixin):
         cu_seqlens: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         return_logits: bool | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -330,7 +372,7 @@ class LinnetForCausalLM(LinnetPreTrainedModel, GenerationMixin):
         Args (further ones: `LinnetModel.forward`):
             labels: [B, T], usually the input ids; position t predicts label t+1. -100, padding and the first token of a packed
                 document are no targets.
-            shift_labels: [B, T] targets that are already shifted, used as they are.
+            shift_labels (by name): [B, T] targets that are already shifted, used as they are.
             num_items_in_batch: what the summed loss is divided by (gradient accumulation); None means the number of targets.
             return_logits: None: logits are computed unless there are labels. With labels and True: both.
             logits_to_keep: compute logits of the last so many positions only, or of these positions; 0 means all.
@@ -340,10 +382,20 @@ class LinnetForCausalLM(LinnetPreTrainedModel, GenerationMixin):
         """
         if attention_mask is None and past_key_values is None:
             cu_seqlens = _document_offsets(cu_seqlens, position_ids, kwargs)
+        # not in the signature: transformers' Trainer expects every argument named after labels in every batch
+        shift_labels = kwargs.pop("shift_labels", None)
         has_labels = labels is not None or shift_labels is not None
         use_cache = False if has_labels and use_cache is None and past_key_values is None else use_cache
         output = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cu_seqlens=cu_seqlens, return_dict=True, **kwargs
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            cu_seqlens=cu_seqlens,
+            return_dict=True,
+            **kwargs,
         )
         x_BTD = output.last_hidden_state
         loss = None
@@ -351,7 +403,9 @@ class LinnetForCausalLM(LinnetPreTrainedModel, GenerationMixin):
             mask_BT = None if attention_mask is None else attention_mask[:, -x_BTD.shape[1] :]
             name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
             if given.shape != x_BTD.shape[:2]:
-                raise ValueError(f"{name} must be of shape {list(x_BTD.shape[:2])} like the tokens; got {list(given.shape)}")
+                raise ValueError(
+                    f"{name} must be of shape {list(x_BTD.shape[:2])} like the tokens; got {list(given.shape)}"
+                )
             targets_BT = next_token_targets(labels, cu_seqlens, mask_BT) if shift_labels is None else shift_labels
             loss = linear_cross_entropy(x_BTD, self.lm_head.weight, targets_BT, num_items=num_items_in_batch)
         logits = None
@@ -365,7 +419,9 @@ class LinnetForCausalLM(LinnetPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args: Any, **kwargs: Any) -> None:
         """`generate` starts with an empty `LinnetCache` unless the caller brings one."""
         if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(f"cache_implementation must be None (a Linnet model keeps its own state); got {generation_config.cache_implementation!r}")
+            raise ValueError(
+                f"cache_implementation must be None (a Linnet model keeps its own state); got {generation_config.cache_implementation!r}"
+            )
         given = model_kwargs.get("past_key_values")
         if given is not None:
             check_cache(given, self.config.num_layers)._is_user_defined = True

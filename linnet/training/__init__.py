@@ -1,6 +1,7 @@
 """Text, tokenizers, and training runs.
 
-Everything is loaded on first use: reading a configuration or a text needs no model, training brings transformers' Trainer.
+Everything is loaded on first use: reading a configuration or a text needs no model, training brings transformers'
+Trainer.
 """
 
 from __future__ import annotations

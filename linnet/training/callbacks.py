@@ -41,7 +41,9 @@ class Clock(TrainerCallback):
         step_s = time.perf_counter() - self._step_began
         self.elapsed_s, self._step_began = self.elapsed_s + step_s, None
         if self.budget_s is not None and self.elapsed_s + step_s / 2 >= self.budget_s:
-            self.elapsed_s = max(self.elapsed_s, self.budget_s)  # the step that would end nearest to the budget is the last
+            self.elapsed_s = max(
+                self.elapsed_s, self.budget_s
+            )  # the step that would end nearest to the budget is the last
             control.should_training_stop = True
 
 
@@ -88,7 +90,9 @@ class FiniteLoss(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(loss):
-            raise ValueError(f"the training loss must be finite; got {loss} at step {state.global_step} (try a smaller training.learning_rate)")
+            raise ValueError(
+                f"the training loss must be finite; got {loss} at step {state.global_step} (try a smaller training.learning_rate)"
+            )
 
 
 class Progress(TrainerCallback):
@@ -98,7 +102,12 @@ class Progress(TrainerCallback):
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
         self.clock, self.tokens_per_step = clock, tokens_per_step
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=10), TaskProgressColumn(), TimeRemainingColumn(compact=True))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=10),
+            TaskProgressColumn(),
+            TimeRemainingColumn(compact=True),
+        )
         self.bar = Progress(*columns, console=console)
         self.task = self.bar.add_task("", total=1.0)
         self.loss = self.held_out = ""

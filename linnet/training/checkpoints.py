@@ -1,7 +1,7 @@
 """Which checkpoints are whole. A checkpoint is complete once its manifest exists and every file matches it.
 
-The manifest (sizes and SHA-256 of all files) is written last and by rename, so a run killed while it saves leaves a directory
-without one. Such a torn checkpoint is never loaded and never deleted: resuming renames it and says so.
+The manifest (sizes and SHA-256 of all files) is written last and by rename, so a run killed while it saves leaves a
+directory without one. Such a torn checkpoint is never loaded and never deleted: resuming renames it and says so.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def prune(run: Path, keep: int) -> None:
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_blocks(file)
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_blocks(file)
+        )
 
 
 def _sha256_blocks(file) -> str:

@@ -1,7 +1,7 @@
 """Several architectures, one budget, one parameter count: a table, a plot, one line of JSON per arm.
 
-The text, its tokenizer and split, the batches and their order are the same for all arms; the width of the MLP (and where that
-is not enough, of the model) is adjusted so that total parameters agree.
+The text, its tokenizer and split, the batches and their order are the same for all arms; the width of the MLP (and
+where that is not enough, of the model) is adjusted so that total parameters agree.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Arm:
 
 
 def arms_of(layers: Sequence[str] = (), mixers: Sequence[str] = (), num_layers: int = 4) -> list[Arm]:
-    """Arms from layer patterns, and from mixer names (`num_layers` layers of each; `all` means every registered mixer)."""
-    from linnet.mixers import get_mixer, list_mixers
+    """Arms from layer patterns, and from mixer names (`num_layers` layers of each; `all` means every registered
+    mixer).""" from linnet.mixers import get_mixer, list_mixers
 
     names = list_mixers() if list(mixers) == ["all"] else list(mixers)
     for name in names:
@@ -57,7 +57,9 @@ def count_parameters(config: LinnetConfig) -> int:
         return sum(p.numel() for p in LinnetForCausalLM(config).parameters())
 
 
-def match_parameters(config: RunConfig, tokenizer: Any, target: int, tolerance: float = TOLERANCE) -> tuple[dict[str, Any], int]:
+def match_parameters(
+    config: RunConfig, tokenizer: Any, target: int, tolerance: float = TOLERANCE
+) -> tuple[dict[str, Any], int]:
     """Changes of d_ff (a multiple of 8) and if need be d_model that bring a model to `target` parameters.
 
     The width of the model stays unless the MLP would become narrower than half of it. Returns (changes, parameters);
@@ -65,10 +67,14 @@ def match_parameters(config: RunConfig, tokenizer: Any, target: int, tolerance: 
     """
     base = model_config(config, tokenizer)
     step = 8 * base.heads
-    widths = [base.d_model + sign * i * step for i in range(base.d_model // step + 1) for sign in ((1, -1) if i else (1,))]
+    widths = [
+        base.d_model + sign * i * step for i in range(base.d_model // step + 1) for sign in ((1, -1) if i else (1,))
+    ]
     nearest: tuple[float, dict[str, Any], int] | None = None
     for d_model in (w for w in widths if w >= step):
-        count = lambda d_ff, d_model=d_model: count_parameters(model_config(config, tokenizer, d_model=d_model, d_ff=d_ff))
+        count = lambda d_ff, d_model=d_model: count_parameters(
+            model_config(config, tokenizer, d_model=d_model, d_ff=d_ff)
+        )
         try:
             at_8, at_16 = count(8), count(16)
         except ValueError:
@@ -85,7 +91,9 @@ def match_parameters(config: RunConfig, tokenizer: Any, target: int, tolerance: 
         if nearest is None or error < nearest[0]:
             nearest = (error, changes, total)
     closest = f"{nearest[2]:,} with {nearest[1]}" if nearest else "none"
-    raise ValueError(f"layers {base.layers!r}: no width gives {target:,} parameters within {tolerance:.0%}; nearest: {closest}")
+    raise ValueError(
+        f"layers {base.layers!r}: no width gives {target:,} parameters within {tolerance:.0%}; nearest: {closest}"
+    )
 
 
 def compare(
@@ -156,8 +164,12 @@ def average_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     result = []
     for group in by_arm.values():
         scores = [row["bits_per_byte"] for row in group]
-        means = {key: statistics.fmean(row[key] for row in group) for key in ("bits_per_byte", "tokens_per_second", "tokens")}
-        result.append({**group[0], **means, "seeds": len(group), "spread": statistics.stdev(scores) if len(scores) > 1 else None})
+        means = {
+            key: statistics.fmean(row[key] for row in group) for key in ("bits_per_byte", "tokens_per_second", "tokens")
+        }
+        result.append(
+            {**group[0], **means, "seeds": len(group), "spread": statistics.stdev(scores) if len(scores) > 1 else None}
+        )
     return sorted(result, key=lambda row: row["bits_per_byte"])
 
 
@@ -167,7 +179,14 @@ def table(averaged: Sequence[dict[str, Any]], failed: Sequence[dict[str, Any]], 
 
     result = Table(title=f"{text.corpus.origin}: held-out bits per byte, lower is better")
     lengths = report.STATE_LENGTHS
-    for column in ("architecture", "bits/byte", "tokens/s", "tokens", "parameters", *(f"state at {n // 1024}k" for n in lengths)):
+    for column in (
+        "architecture",
+        "bits/byte",
+        "tokens/s",
+        "tokens",
+        "parameters",
+        *(f"state at {n // 1024}k" for n in lengths),
+    ):
         result.add_column(column, justify="left" if column == "architecture" else "right")
     for row in averaged:
         spread = f" ± {row['spread']:.3f}" if row["spread"] is not None else ""
@@ -178,5 +197,7 @@ def table(averaged: Sequence[dict[str, Any]], failed: Sequence[dict[str, Any]], 
         result.add_row(row["arm"], f"failed (seed {row['seed']})", *[""] * (3 + len(lengths)))
     if averaged:
         best = averaged[0]
-        result.caption = f"xz -9: {best['xz_bits_per_byte']:.3f}, byte unigram: {best['unigram_bits_per_byte']:.3f} bits per byte"
+        result.caption = (
+            f"xz -9: {best['xz_bits_per_byte']:.3f}, byte unigram: {best['unigram_bits_per_byte']:.3f} bits per byte"
+        )
     return result

@@ -116,7 +116,9 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$|^[-+]?\.\d+[eE][-+]?\d+$"), list("-+0123456789.")
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$|^[-+]?\.\d+[eE][-+]?\d+$"),
+    list("-+0123456789."),
 )
 
 
@@ -125,7 +127,9 @@ def list_recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def load_config(path: str | Path | None = None, *, recipe: str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: str | Path | None = None, *, recipe: str | None = None, overrides: Sequence[str] = ()
+) -> RunConfig:
     """Read a YAML file or a recipe and apply overrides such as `training.learning_rate=1e-3`.
 
     Without both, the defaults of this module. Raises ValueError naming the file or key; unknown keys come with the nearest
@@ -141,7 +145,9 @@ def load_config(path: str | Path | None = None, *, recipe: str | None = None, ov
         try:
             values = yaml.load(Path(path).read_text(), _Loader) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValueError(f"configuration file {str(path)!r} must be readable YAML; got {str(error).splitlines()[0]}") from error
+            raise ValueError(
+                f"configuration file {str(path)!r} must be readable YAML; got {str(error).splitlines()[0]}"
+            ) from error
     config = from_dict(values, str(path or "configuration"))
     for override in overrides:
         apply_override(config, override)
@@ -151,7 +157,9 @@ def load_config(path: str | Path | None = None, *, recipe: str | None = None, ov
 def from_dict(values: Any, where: str = "configuration") -> RunConfig:
     """A RunConfig from nested dictionaries, as `RunConfig.to_dict` writes them."""
     if not isinstance(values, dict):
-        raise ValueError(f"{where} must be a mapping with sections {', '.join(_section_names())}; got {type(values).__name__}")
+        raise ValueError(
+            f"{where} must be a mapping with sections {', '.join(_section_names())}; got {type(values).__name__}"
+        )
     config = RunConfig()
     for section, content in values.items():
         _known(section, _section_names(), "section")

@@ -21,7 +21,16 @@ from torch.utils.data import Dataset
 
 # What of the standard library is left out: third-party code, tests (some distributions ship none), generated tables, and
 # files that depend on how Python was built.
-_STDLIB_SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+_STDLIB_SKIPPED = {
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "pydoc_data",
+}
 _STDLIB_BUILD_FILES = ("_sysconfigdata", "_sysconfig_vars")
 
 
@@ -95,7 +104,9 @@ def load_corpus(
         elif path.is_dir():
             origin, documents = f"folder {path.name}, {glob}", _folder(path, glob)
         else:
-            raise ValueError(f"data.source must be 'stdlib', 'datasets:NAME[:split]', or an existing file or folder; got {source!r}")
+            raise ValueError(
+                f"data.source must be 'stdlib', 'datasets:NAME[:split]', or an existing file or folder; got {source!r}"
+            )
     kept: list[Document] = []
     seen: set[bytes] = set()
     total, digest = 0, hashlib.sha256()
@@ -111,7 +122,9 @@ def load_corpus(
         total += len(raw)
         digest.update(document.name.encode() + b"\0" + content)
     if len(kept) < 2:
-        raise ValueError(f"data.source {source!r} must hold at least two different non-empty documents to split; got {len(kept)}")
+        raise ValueError(
+            f"data.source {source!r} must hold at least two different non-empty documents to split; got {len(kept)}"
+        )
     train, validation = _split(kept, validation_fraction)
     return Corpus(source, origin, digest.hexdigest(), tuple(train), tuple(validation))
 
@@ -134,9 +147,13 @@ def _read(path: Path, name: str) -> Document:
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"data file {str(path)!r} must be UTF-8 text; got byte 0x{raw[error.start]:02x} at offset {error.start}") from error
+        raise ValueError(
+            f"data file {str(path)!r} must be UTF-8 text; got byte 0x{raw[error.start]:02x} at offset {error.start}"
+        ) from error
     if "\0" in text:
-        raise ValueError(f"data file {str(path)!r} must be text; got a NUL byte at offset {raw.index(0)} (a binary file?)")
+        raise ValueError(
+            f"data file {str(path)!r} must be text; got a NUL byte at offset {raw.index(0)} (a binary file?)"
+        )
     return Document(name, text)
 
 
@@ -149,7 +166,9 @@ def _stdlib() -> Iterator[Document]:
             found += 1
             yield _read(path, relative.as_posix())
     if found < 50:
-        raise ValueError(f"data.source 'stdlib' needs the standard library as files; {root} holds {found}. Name a text folder instead")
+        raise ValueError(
+            f"data.source 'stdlib' needs the standard library as files; {root} holds {found}. Name a text folder instead"
+        )
 
 
 def _folder(root: Path, glob: str) -> Iterator[Document]:
@@ -178,7 +197,9 @@ def _datasets(source: str, subset: str | None, text_column: str) -> tuple[str, I
     table = datasets.load_dataset(name, subset, split=split)
     if text_column not in table.column_names:
         raise ValueError(f"data.text_column must be one of {', '.join(table.column_names)}; got {text_column!r}")
-    return f"data set {name}, split {split}", (Document(f"{split}/{i}", row) for i, row in enumerate(table[text_column]))
+    return f"data set {name}, split {split}", (
+        Document(f"{split}/{i}", row) for i, row in enumerate(table[text_column])
+    )
 
 
 def take_bytes(documents: tuple[Document, ...], max_bytes: int | None) -> tuple[Document, ...]:
@@ -207,7 +228,15 @@ class PackedBatches(Dataset):
     cu_seqlens [N+1] int32.
     """
 
-    def __init__(self, documents: list[np.ndarray], *, context: int, tokens_per_batch: int, seed: int = 0, length: int | None = None):
+    def __init__(
+        self,
+        documents: list[np.ndarray],
+        *,
+        context: int,
+        tokens_per_batch: int,
+        seed: int = 0,
+        length: int | None = None,
+    ):
         for name, value in (("data.context", context), ("data.tokens_per_batch", tokens_per_batch)):
             if not isinstance(value, int) or value < 2:
                 raise ValueError(f"{name} must be an integer >= 2; got {value!r}")
@@ -215,7 +244,9 @@ class PackedBatches(Dataset):
         self.tokens_per_batch, self.seed = tokens_per_batch, seed
         self.batches_per_epoch = len(self.tokens) // tokens_per_batch
         if self.batches_per_epoch == 0:
-            raise ValueError(f"data.tokens_per_batch must be at most {len(self.tokens)}, the tokens of the training set; got {tokens_per_batch}")
+            raise ValueError(
+                f"data.tokens_per_batch must be at most {len(self.tokens)}, the tokens of the training set; got {tokens_per_batch}"
+            )
         starts, sizes, offset = [], [], 0
         for document in documents:
             begins = np.arange(0, len(document), context)

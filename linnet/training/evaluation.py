@@ -45,6 +45,23 @@ def evaluate_checkpoint(
     texts = [d.text for d in take_bytes(documents, max_bytes)]
     model, tokenizer = load_model(checkpoint, device)
     context = context or settings.evaluation.context or (settings.data.context if stored else 1024)
-    stride = stride or (settings.evaluation.stride if context == settings.evaluation.context else None) or max(1, context // 2)
-    results = bits_per_byte(model, tokenizer, texts, context=context, stride=stride, tokens_per_batch=max(settings.data.tokens_per_batch, context))
-    return {**results, "text": f"{corpus.origin} ({split})", "xz_bits_per_byte": xz_bits_per_byte(texts), "context": context, "stride": stride}
+    stride = (
+        stride
+        or (settings.evaluation.stride if context == settings.evaluation.context else None)
+        or max(1, context // 2)
+    )
+    results = bits_per_byte(
+        model,
+        tokenizer,
+        texts,
+        context=context,
+        stride=stride,
+        tokens_per_batch=max(settings.data.tokens_per_batch, context),
+    )
+    return {
+        **results,
+        "text": f"{corpus.origin} ({split})",
+        "xz_bits_per_byte": xz_bits_per_byte(texts),
+        "context": context,
+        "stride": stride,
+    }

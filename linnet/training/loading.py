@@ -14,7 +14,9 @@ def resolve(path: str | Path) -> Path:
     """The folder to load the model from: `path` if it holds a model, else the newest complete checkpoint of the run in it."""
     folder = Path(path)
     if not folder.is_dir():
-        raise ValueError(f"checkpoint must be the folder of a run or of a checkpoint; got {str(path)!r}, which is no folder")
+        raise ValueError(
+            f"checkpoint must be the folder of a run or of a checkpoint; got {str(path)!r}, which is no folder"
+        )
     if (folder / "config.json").exists():
         reason = defect(folder) if folder.name.startswith("checkpoint-") or (folder / MANIFEST).exists() else None
         if reason is not None:
@@ -23,7 +25,9 @@ def resolve(path: str | Path) -> Path:
     checkpoint, torn = newest_complete(folder)
     if checkpoint is None:
         detail = f"; {torn[0][0].name} is torn: {torn[0][1]}" if torn else ""
-        raise ValueError(f"checkpoint folder {str(path)!r} must hold config.json or a complete checkpoint-N; got neither{detail}")
+        raise ValueError(
+            f"checkpoint folder {str(path)!r} must hold config.json or a complete checkpoint-N; got neither{detail}"
+        )
     return checkpoint
 
 
@@ -45,7 +49,9 @@ def load_model(path: str | Path, device: Any = None) -> tuple[Any, Any]:
     try:
         model = AutoModelForCausalLM.from_pretrained(source)
     except Exception as error:  # transformers, safetensors and JSON have no common error for a corrupt file
-        raise ValueError(f"checkpoint {source!r} must hold a readable causal language model; got {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"checkpoint {source!r} must hold a readable causal language model; got {type(error).__name__}: {error}"
+        ) from error
     tokenizer = load_tokenizer(source)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), tokenizer

@@ -22,7 +22,9 @@ def bits_per_byte_of_loss(loss: float, tokens: int, size: int) -> float:
     return loss / math.log(2) * tokens / size
 
 
-def plot_run(history: list[dict[str, Any]], path: Path, tokens_per_step: int, bits_per_nat: float, baselines: dict[str, float]) -> None:
+def plot_run(
+    history: list[dict[str, Any]], path: Path, tokens_per_step: int, bits_per_nat: float, baselines: dict[str, float]
+) -> None:
     """Training and held-out loss in bits per byte over training tokens, with the baselines as lines."""
     train = [(h["step"] * tokens_per_step, h["loss"] * bits_per_nat) for h in history if "loss" in h]
     held_out = [(h["step"] * tokens_per_step, h["eval_bits_per_byte"]) for h in history if "eval_bits_per_byte" in h]
@@ -50,7 +52,11 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
     )
     for index, (axes, (label, data, scale)) in enumerate(zip(panels, values, strict=True)):
         bars = axes.barh(names, data)
-        axes.bar_label(bars, labels=[human_bytes(x) if scale == "log" else f"{x:,.3g}" if x < 100 else f"{x:,.0f}" for x in data], padding=2)
+        axes.bar_label(
+            bars,
+            labels=[human_bytes(x) if scale == "log" else f"{x:,.3g}" if x < 100 else f"{x:,.0f}" for x in data],
+            padding=2,
+        )
         axes.set(xlabel=label, xscale=scale)
         axes.margins(x=0.25)
         axes.invert_yaxis()
@@ -82,7 +88,9 @@ def summary_table(results: dict[str, Any]):
     table.add_row("held-out text", f"{results['held_out_bytes']:,} bytes, {results['held_out_documents']} documents")
     table.add_row("perplexity per token", f"{results['perplexity']:.2f}")
     table.add_row("parameters", f"{results['parameters']:,}")
-    table.add_row("trained", f"{results['tokens']:,} tokens, {results['steps']:,} steps, {results['train_seconds']:.0f} s")
+    table.add_row(
+        "trained", f"{results['tokens']:,} tokens, {results['steps']:,} steps, {results['train_seconds']:.0f} s"
+    )
     table.add_row("training speed", f"{results['tokens_per_second']:,.0f} tokens/s on {results['device']}")
     for length, size in results["state_bytes"].items():
         table.add_row(f"state after {int(length):,} tokens", human_bytes(size))

@@ -107,7 +107,9 @@ class LinnetTrainer(Trainer):
         timed = self.clock.budget_s is not None
         horizon = 10_000 if timed else num_training_steps
         specific = {
-            key: max(1, round(value * horizon)) if key.endswith("_steps") and isinstance(value, float) and value < 1 else value
+            key: max(1, round(value * horizon))
+            if key.endswith("_steps") and isinstance(value, float) and value < 1
+            else value
             for key, value in (self.args.lr_scheduler_kwargs or {}).items()
         }
         self.lr_scheduler = get_scheduler(
@@ -120,16 +122,22 @@ class LinnetTrainer(Trainer):
         if timed:
             factors = getattr(self.lr_scheduler, "lr_lambdas", None)
             if factors is None:
-                raise ValueError(f"training.lr_scheduler_type must be a function of the step with budget.minutes; got {self.args.lr_scheduler_type!r}")
+                raise ValueError(
+                    f"training.lr_scheduler_type must be a function of the step with budget.minutes; got {self.args.lr_scheduler_type!r}"
+                )
             for group in optimizer.param_groups:  # the schedule above has already set the first rate
                 group["lr"] = group["initial_lr"]
             # Asked for the rate of the step to come: at step 0 that is the rate of a small but positive elapsed share.
-            at = lambda factor: lambda step: factor(max(1, round(horizon * self.clock.fraction(step, num_training_steps))))
+            at = lambda factor: (
+                lambda step: factor(max(1, round(horizon * self.clock.fraction(step, num_training_steps))))
+            )
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [at(factor) for factor in factors])
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in self.evaluator().items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -179,13 +187,19 @@ def train(
     text = text or load_text(config, load_tokenizer(out) if bpe_saved else None)
     corpus, described = text.corpus, text.corpus.describe()
     if started and (out / "data.json").exists() and _read_json(out / "data.json")["sha256"] != corpus.sha256:
-        raise ValueError(f"data.source {config.data.source!r} must hold the text that the run in {str(out)!r} began with; its SHA-256 differs")
+        raise ValueError(
+            f"data.source {config.data.source!r} must hold the text that the run in {str(out)!r} began with; its SHA-256 differs"
+        )
     set_seed(args.seed)
     model = LinnetForCausalLM(model_config(config, text.tokenizer))
     parameters = sum(p.numel() for p in model.parameters())
-    console.print(f"text: {described['origin']}, {described['train_bytes']:,} bytes to train on, {described['validation_bytes']:,} held out")
+    console.print(
+        f"text: {described['origin']}, {described['train_bytes']:,} bytes to train on, {described['validation_bytes']:,} held out"
+    )
     console.print(f"      sha256 {corpus.sha256}")
-    console.print(f"model: {config.model.get('layers', LinnetConfig.layers)}, {parameters:,} parameters, on {args.device}")
+    console.print(
+        f"model: {config.model.get('layers', LinnetConfig.layers)}, {parameters:,} parameters, on {args.device}"
+    )
 
     batches_per_step = args.gradient_accumulation_steps * args.world_size
     tokens_per_step = config.data.tokens_per_batch * batches_per_step
@@ -249,11 +263,18 @@ def _training_arguments(config: RunConfig, out: Path) -> TrainingArguments:
     values.setdefault("dataloader_pin_memory", gpu)
     try:
         args = TrainingArguments(
-            output_dir=str(out), per_device_train_batch_size=1, max_steps=1, remove_unused_columns=False, disable_tqdm=True, **values
+            output_dir=str(out),
+            per_device_train_batch_size=1,
+            max_steps=1,
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            **values,
         )
     except (TypeError, ValueError, ImportError) as error:
         raise ValueError(f"training: {error}") from error
-    args._n_gpu = min(args.n_gpu, 1)  # several GPUs of one process would be nn.DataParallel, which splits packed rows; use torchrun
+    args._n_gpu = min(
+        args.n_gpu, 1
+    )  # several GPUs of one process would be nn.DataParallel, which splits packed rows; use torchrun
     budget = config.budget
     if budget.minutes is not None:
         args.max_steps = _UNBOUNDED_STEPS
@@ -285,7 +306,9 @@ def _find_checkpoint(out: Path, console: Any) -> Path | None:
     for path, reason in torn:
         kept = set_aside(path)
         warnings.warn(f"checkpoint {str(path)!r} is skipped: {reason}; it is kept as {kept.name!r}", stacklevel=3)
-    console.print(f"resuming from {checkpoint.name}" if checkpoint else "no complete checkpoint: starting from the beginning")
+    console.print(
+        f"resuming from {checkpoint.name}" if checkpoint else "no complete checkpoint: starting from the beginning"
+    )
     return checkpoint
 
 
@@ -310,7 +333,9 @@ def _evaluate(model: torch.nn.Module, text: Text, config: RunConfig, max_bytes: 
     )
 
 
-def _results(trainer: Trainer, model, text: Text, config: RunConfig, clock, tokens_per_step: int, parameters: int) -> dict[str, Any]:
+def _results(
+    trainer: Trainer, model, text: Text, config: RunConfig, clock, tokens_per_step: int, parameters: int
+) -> dict[str, Any]:
     held_out = _evaluate(model, text, config, config.evaluation.max_bytes)
     scored = [d.text for d in take_bytes(text.corpus.validation, config.evaluation.max_bytes)]
     steps = trainer.state.global_step
@@ -330,7 +355,9 @@ def _results(trainer: Trainer, model, text: Text, config: RunConfig, clock, toke
         "tokens": steps * tokens_per_step,
         "train_seconds": clock.elapsed_s,
         "tokens_per_second": steps * tokens_per_step / clock.elapsed_s,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "seed": trainer.args.seed,
         "data": text.corpus.describe(),

@@ -86,7 +86,7 @@ def test_padding_is_inert(make_model, tokens, side):
     if side == "holes":
         mask[0, [2, 5]] = 0
     else:
-        mask[0, :3 if side == "left" else None] = 0
+        mask[0, : 3 if side == "left" else None] = 0
         mask[0, -3:] = 0 if side == "right" else 1
         mask[0, :5] = 1 if side == "right" else mask[0, :5]
     keep = mask[0].bool()
@@ -96,7 +96,10 @@ def test_padding_is_inert(make_model, tokens, side):
     torch.testing.assert_close(output.logits[1:], model(x[1:]).logits, rtol=1e-10, atol=1e-10)
     assert torch.equal(output.logits, model(other, attention_mask=mask).logits)
     if side != "holes":
-        losses = [model(x[i : i + 1, mask[i].bool()], labels=x[i : i + 1, mask[i].bool()], num_items_in_batch=1).loss for i in range(3)]
+        losses = [
+            model(x[i : i + 1, mask[i].bool()], labels=x[i : i + 1, mask[i].bool()], num_items_in_batch=1).loss
+            for i in range(3)
+        ]
         expected = sum(losses) / (4 + 7 + 7)
         want = gradients(model, expected)
         loss = model(x, attention_mask=mask, labels=x).loss
@@ -165,7 +168,9 @@ def test_moe_with_all_experts_is_their_weighted_sum(make_model):
     moe = make_model("gla", torch.float64, mlp="moe(experts=3, top_k=3)").model.layers[0].mlp
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     p = moe.router(x).softmax(-1)
-    torch.testing.assert_close(moe(x), sum(p[..., i, None] * e(x) for i, e in enumerate(moe.experts)), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(
+        moe(x), sum(p[..., i, None] * e(x) for i, e in enumerate(moe.experts)), rtol=1e-6, atol=1e-8
+    )
 
 
 def test_an_mlp_can_be_registered(make_model, tokens):
@@ -185,7 +190,15 @@ def test_an_mlp_can_be_registered(make_model, tokens):
 
 def test_initialisation():
     torch.manual_seed(0)
-    config = LinnetConfig(vocab_size=300, d_model=128, heads=4, layers="2*mamba2", num_layers=8, tie_embeddings=False, initializer_range=0.05)
+    config = LinnetConfig(
+        vocab_size=300,
+        d_model=128,
+        heads=4,
+        layers="2*mamba2",
+        num_layers=8,
+        tie_embeddings=False,
+        initializer_range=0.05,
+    )
     model = LinnetForCausalLM(config)
     assert abs(model.lm_head.weight.std() / 0.05 - 1) < 0.02
     assert abs(model.model.embed_tokens.weight.std() / 0.05 - 1) < 0.02

@@ -68,7 +68,9 @@ def test_beam_search_reorders_the_state(model, batch, monkeypatch):
     ids, mask = batch
     moved = []
     reorder = LinnetCache.reorder_cache
-    monkeypatch.setattr(LinnetCache, "reorder_cache", lambda self, index: (moved.append(index.tolist()), reorder(self, index))[1])
+    monkeypatch.setattr(
+        LinnetCache, "reorder_cache", lambda self, index: (moved.append(index.tolist()), reorder(self, index))[1]
+    )
     right = model.generate(ids, attention_mask=mask, **GREEDY, num_beams=3)
     assert any(index != list(range(9)) for index in moved)
     monkeypatch.setattr(LinnetCache, "reorder_cache", lambda self, index: None)
@@ -99,7 +101,11 @@ def test_continuing_padded_chunks(model, tokens):
         cache, logits, seen = LinnetCache(4), [], 0
         for part in x.split(splits, 1):
             seen += part.shape[1]
-            logits.append(model(part, attention_mask=mask[:, :seen], past_key_values=cache).logits if mask[:, seen - part.shape[1] : seen].any() else None)
+            logits.append(
+                model(part, attention_mask=mask[:, :seen], past_key_values=cache).logits
+                if mask[:, seen - part.shape[1] : seen].any()
+                else None
+            )
         torch.testing.assert_close(torch.cat(logits, 1)[mask.bool()], want, rtol=1e-10, atol=1e-10)
         assert cache.get_seq_length() == 10 and cache.tokens_N.tolist() == [7, 7, 9]
 
@@ -112,7 +118,9 @@ def test_packed_prefill_then_rows(model, tokens):
     assert cache.batch_size == 3 and cache.tokens_N.tolist() == [5, 2, 7]
     following = tokens(3, 2, seed=9)
     got = model(following, past_key_values=cache).logits
-    want = torch.cat([model(torch.cat((d, f[None]), 1)).logits[:, -2:] for d, f in zip(documents, following, strict=True)])
+    want = torch.cat(
+        [model(torch.cat((d, f[None]), 1)).logits[:, -2:] for d, f in zip(documents, following, strict=True)]
+    )
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
@@ -126,7 +134,9 @@ def test_cache_rows_can_be_chosen_repeated_copied_reset(model, batch):
     for method in ("reorder_cache", "batch_select_indices"):
         other = copy.deepcopy(cache)
         getattr(other, method)(index)
-        torch.testing.assert_close(model(step[index], past_key_values=other).logits, want[index], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            model(step[index], past_key_values=other).logits, want[index], rtol=1e-10, atol=1e-10
+        )
     other = copy.deepcopy(cache)
     other.batch_repeat_interleave(2)
     assert other.batch_size == 6
@@ -135,7 +145,12 @@ def test_cache_rows_can_be_chosen_repeated_copied_reset(model, batch):
     assert cache.to("cpu") is cache and cache.to("meta").states[0][0].is_meta
     cache.reset()
     assert cache.get_seq_length() == 0 and cache.batch_size == -1
-    torch.testing.assert_close(model(ids, attention_mask=mask, past_key_values=cache).logits, model(ids, attention_mask=mask).logits, rtol=0, atol=0)
+    torch.testing.assert_close(
+        model(ids, attention_mask=mask, past_key_values=cache).logits,
+        model(ids, attention_mask=mask).logits,
+        rtol=0,
+        atol=0,
+    )
 
 
 @torch.no_grad()

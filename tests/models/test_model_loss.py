@@ -21,7 +21,13 @@ def problem(n, d, v, dtype, ignored, seed=0):
 
 
 @settings(max_examples=15, deadline=None)
-@given(n=st.integers(1, 40), d=st.integers(1, 9), v=st.integers(2, 30), chunk=st.sampled_from([None, 1, 7, 64]), ignored=st.integers(0, 5))
+@given(
+    n=st.integers(1, 40),
+    d=st.integers(1, 9),
+    v=st.integers(2, 30),
+    chunk=st.sampled_from([None, 1, 7, 64]),
+    ignored=st.integers(0, 5),
+)
 def test_value_and_gradients_fp64(n, d, v, chunk, ignored):
     x, w, y = problem(n, d, v, torch.float64, min(ignored, n - 1))
     loss = linear_cross_entropy(x, w, y, chunk_tokens=chunk)

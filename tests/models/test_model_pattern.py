@@ -88,7 +88,9 @@ def test_d_ff_is_a_multiple_of_64():
 
 
 @pytest.mark.parametrize(
-    "layers", ["2*(gla(expand_v=2) + attention(window=3))", ["gla", {"mixer": "attention", "window": 3}]], ids=["pattern", "list"]
+    "layers",
+    ["2*(gla(expand_v=2) + attention(window=3))", ["gla", {"mixer": "attention", "window": 3}]],
+    ids=["pattern", "list"],
 )
 def test_round_trip_through_json(tmp_path, layers):
     config = tiny(layers=layers, num_layers=6, tie_embeddings=False, pad_token_id=0, eos_token_id=3, mlp_ratio=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from linnet.ops._algebra import gate
 from linnet.ops._dispatch import implements
 from linnet.ops._shapes import accumulate_dtype, decay_per_token, expand_heads, segments
 
@@ -119,13 +120,6 @@ def _delta(q, e, p, w, u, g, before_decay: bool, read: str, n: int, scale, S0, r
         final.append(S)
     o = torch.stack([torch.stack([out[b, t] for t in range(tokens)]) for b in range(batch)]).to(out_dtype)
     return o, (_state(final, state_heads),) if return_state else None
-
-
-def gate(x: Tensor, operand: Tensor) -> Tensor:
-    """A gate [B, T, H] or [B, T, H, *] times an operand [B, T, H, *], for any head counts that divide one another."""
-    heads = max(x.shape[2], operand.shape[2])
-    x = expand_heads(x, heads)
-    return (x.unsqueeze(-1) if x.ndim == 3 else x) * expand_heads(operand, heads)
 
 
 @implements("delta_rule", "reference")

@@ -47,15 +47,16 @@ def short_conv(x_BTD, weight_DW, bias_D, activation, initial_state, return_state
     x, weight = x_BTD.to(dtype), weight_DW.to(dtype)
     tokens, taps = x.shape[1], weight.shape[1]
     past = initial_state[0].to(dtype) if initial_state is not None else None
-    # a sum of `taps` shifted products: faster than conv1d, whose depthwise form wants [B, D, T], and causal to the bit
+    # a sum of shifted products: faster than conv1d, whose depthwise form wants [B, D, T], and causal to the bit
     if cu_seqlens is None:
         seen = F.pad(x, (0, 0, taps - 1, 0)) if past is None else torch.cat([past.mT, x], 1)
         shifted = [seen[:, w : w + tokens] for w in range(taps)]
     else:
         shifted = _packed_past(x, past, cu_seqlens, taps)
-    y = shifted[-1] * weight[:, -1] if bias_D is None else torch.addcmul(bias_D.to(dtype), shifted[-1], weight[:, -1])
+    tap = weight.T.contiguous()  # strided weights would keep the products out of the vector units
+    y = shifted[-1] * tap[-1] if bias_D is None else torch.addcmul(bias_D.to(dtype), shifted[-1], tap[-1])
     for w in range(taps - 2, -1, -1):
-        y = torch.addcmul(y, shifted[w], weight[:, w])
+        y.addcmul_(shifted[w], tap[w])
     if activation == "silu":
         y = F.silu(y)
     state = None
