@@ -8,11 +8,13 @@ Every operator takes [B, T, ...] operands, an optional `initial_state`, optional
 from linnet.ops import reference as reference
 from linnet.ops import torch as torch
 from linnet.ops._dispatch import backends_of, choose, debug, execute, operators, use_handler
+from linnet.ops.affine import Segment, summarize, summarize_grad
 from linnet.ops.attention import softmax_attention
 from linnet.ops.elementwise import cumulative_logsumexp, scan, selective_scan, short_conv, token_shift
 from linnet.ops.recurrent import delta_rule, dplr, linear_attention
 
 __all__ = [
+    "Segment",
     "backends_of",
     "choose",
     "cumulative_logsumexp",
@@ -26,6 +28,8 @@ __all__ = [
     "selective_scan",
     "short_conv",
     "softmax_attention",
+    "summarize",
+    "summarize_grad",
     "token_shift",
     "use_handler",
 ]

@@ -1,7 +1,8 @@
 """The laws of the model, for every registered mixer: packing, padding, state, export, generation, recomputation.
 
-Law 4: packed documents == separate documents, padding is inert. Law 6: save, select, resume == uninterrupted. Law 9: export -> load ==
-the same bits; generate == the full forward. Every model here has the mixer under test twice (values that layers share) in fp64.
+Law 4: packed documents == separate documents, padding is inert. Law 6: save, select, resume == uninterrupted. Law 9: export
+-> load == the same bits; generate == the full forward. Every model here has the mixer under test twice (values that layers
+share) in fp64.
 """
 
 from __future__ import annotations
@@ -16,9 +17,7 @@ from linnet.models import LinnetCache, LinnetConfig, LinnetForCausalLM, no_weigh
 
 VOCAB = 53
 CLOSE = {"rtol": 1e-8, "atol": 1e-9}
-BUILTIN = [
-    name for name in list_mixers() if get_mixer(name).causal and get_mixer(name).__module__.startswith("linnet.")
-]
+BUILTIN = [name for name in list_mixers() if get_mixer(name).causal and get_mixer(name).__module__.startswith("linnet.")]
 
 
 def build(mixer: str, dtype: torch.dtype = torch.float64) -> LinnetForCausalLM:
