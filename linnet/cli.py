@@ -45,9 +45,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="section.key=value, e.g. training.learning_rate=1e-3", show_default=False)
 ]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file of the run")]
-Recipe = Annotated[
-    str | None, typer.Option("--recipe", help="a configuration that comes with linnet [default: quickstart]")
-]
+Recipe = Annotated[str | None, typer.Option("--recipe", help="a configuration that comes with linnet [default: quickstart]")]
 Minutes = Annotated[float | None, typer.Option("--minutes", help="budget: minutes of training steps")]
 Steps = Annotated[int | None, typer.Option("--steps", help="budget: optimizer steps")]
 Tokens = Annotated[int | None, typer.Option("--tokens", help="budget: training tokens")]
@@ -55,9 +53,7 @@ Source = Annotated[str | None, typer.Option("--data", help="stdlib, a text file 
 Tokenizer = Annotated[str | None, typer.Option("--tokenizer", help="bytes, bpe:N, or a Hugging Face tokenizer")]
 Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads [default: all cores]")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ... [default: the GPU if there is one]")]
-Checkpoint = Annotated[
-    str, typer.Argument(help="folder of a run or checkpoint, or a Hugging Face model", show_default=False)
-]
+Checkpoint = Annotated[str, typer.Argument(help="folder of a run or checkpoint, or a Hugging Face model", show_default=False)]
 
 
 def _set_threads(threads: int | None) -> None:
@@ -92,12 +88,8 @@ def train(
     overrides: Overrides = None,
     config: Config = None,
     recipe: Recipe = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="folder of the run [default: runs/<name of the configuration>]")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="continue the run in --out from its newest complete checkpoint")
-    ] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="folder of the run [default: runs/<name of the configuration>]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out from its newest complete checkpoint")] = False,
     layers: Annotated[str | None, typer.Option("--layers", help='architecture, e.g. "3*kda + attention"')] = None,
     minutes: Minutes = None,
     steps: Steps = None,
@@ -126,8 +118,8 @@ def train(
     _set_threads(threads)
     from linnet.training.trainer import train as run
 
-    run(settings, out, resume=resume, quiet=quiet)
-    if not quiet:
+    results = run(settings, out, resume=resume, quiet=quiet)
+    if results and not quiet:  # the first process of several has the results
         typer.echo(f"saved in {out}; try: linnet generate {out} --prompt 'def '")
 
 
@@ -137,9 +129,7 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="text to continue")] = "",
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="tokens to generate at most")] = 200,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the most likely token")] = 0.8,
-    top_p: Annotated[
-        float, typer.Option("--top-p", help="sample from the most likely tokens of this total probability")
-    ] = 1.0,
+    top_p: Annotated[float, typer.Option("--top-p", help="sample from the most likely tokens of this total probability")] = 1.0,
     top_k: Annotated[int, typer.Option("--top-k", min=0, help="sample from the k most likely tokens; 0: from all")] = 0,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     device: Device = None,
@@ -163,12 +153,8 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option("--split", help="validation, train or all [default: validation; all for other text]")
     ] = None,
-    context: Annotated[
-        int | None, typer.Option("--context", help="tokens of the longest window [default: as trained]")
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option("--stride", help="new tokens per window [default: half of the context]")
-    ] = None,
+    context: Annotated[int | None, typer.Option("--context", help="tokens of the longest window [default: as trained]")] = None,
+    stride: Annotated[int | None, typer.Option("--stride", help="new tokens per window [default: half of the context]")] = None,
     max_bytes: Annotated[int | None, typer.Option("--max-bytes", help="use no more text than this")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     device: Device = None,
@@ -193,9 +179,7 @@ def evaluate(
     table.add_row("bits per byte", f"[bold]{results['bits_per_byte']:.4f}[/]")
     table.add_row("  xz -9 on the same bytes", f"{results['xz_bits_per_byte']:.4f}")
     table.add_row("perplexity per token", f"{results['perplexity']:.3f}")
-    table.add_row(
-        "text", f"{results['bytes']:,} bytes, {results['tokens']:,} tokens, {results['documents']:,} documents"
-    )
+    table.add_row("text", f"{results['bytes']:,} bytes, {results['tokens']:,} tokens, {results['documents']:,} documents")
     table.add_row("windows", f"{results['context']:,} tokens, {results['stride']:,} new ones each")
     table.add_row("speed", f"{results['tokens'] / results['seconds']:,.0f} tokens/s")
     Console().print(table)
@@ -206,14 +190,10 @@ def compare(
     overrides: Overrides = None,
     config: Config = None,
     recipe: Recipe = None,
-    layers: Annotated[
-        list[str] | None, typer.Option("--layers", help="a layer pattern; repeat for more architectures")
-    ] = None,
+    layers: Annotated[list[str] | None, typer.Option("--layers", help="a layer pattern; repeat for more architectures")] = None,
     mixers: Annotated[str | None, typer.Option("--mixers", help="mixer names with commas between, or all")] = None,
     out: Annotated[Path, typer.Option("--out", help="folder of the comparison")] = Path("runs/compare"),
-    resume: Annotated[
-        bool, typer.Option("--resume", help="skip finished architectures, continue unfinished ones")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="skip finished architectures, continue unfinished ones")] = False,
     minutes: Minutes = None,
     steps: Steps = None,
     tokens: Tokens = None,
@@ -239,20 +219,14 @@ def compare(
     from linnet.training.comparison import arms_of
     from linnet.training.comparison import compare as run
 
-    depth = (
-        settings.model.get("num_layers") or len(parse_layers(settings.model["layers"]))
-        if "layers" in settings.model
-        else 4
-    )
+    depth = settings.model.get("num_layers") or len(parse_layers(settings.model["layers"])) if "layers" in settings.model else 4
     names = [name.strip() for name in (mixers or "").split(",") if name.strip()]
     arms = arms_of(layers or (), names, depth)
     rows = run(settings, out, arms, seeds=range(seeds), parameters=parameters, resume=resume)
     typer.echo(f"results in {out}/results.jsonl, plot in {out}/comparison.png")
     failed = sorted({row["arm"] for row in rows if "error" in row})
     if failed:
-        raise ValueError(
-            f"{len(failed)} of {len(arms)} architectures failed: {', '.join(failed)}; see {out}/results.jsonl"
-        )
+        raise ValueError(f"{len(failed)} of {len(arms)} architectures failed: {', '.join(failed)}; see {out}/results.jsonl")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -263,9 +237,7 @@ def bench(ctx: typer.Context, target: Annotated[str, typer.Argument(help="what t
 
     name = f"linnet.bench.{target}"
     if not target.isidentifier() or target.startswith("_") or importlib.util.find_spec(name) is None:
-        raise ValueError(
-            f"benchmark must be one of {', '.join(_benchmarks()) or '(this installation has none)'}; got {target!r}"
-        )
+        raise ValueError(f"benchmark must be one of {', '.join(_benchmarks()) or '(this installation has none)'}; got {target!r}")
     importlib.import_module(name).main(list(ctx.args))
 
 
@@ -293,9 +265,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = F
     from rich.table import Table
 
     console = Console()
-    console.print(
-        ", ".join(f"{name} {version or 'missing'}" for name, version in facts["versions"].items()), highlight=False
-    )
+    console.print(", ".join(f"{name} {version or 'missing'}" for name, version in facts["versions"].items()), highlight=False)
     for device in facts["devices"]:
         console.print(
             ", ".join(f"{key} {value}" if key != "device" else str(value) for key, value in device.items()),

@@ -56,8 +56,8 @@ class Context:
 class Mixer(nn.Module):
     """Base class. A subclass declares `Config` (a frozen dataclass with d_model and heads) and implements `forward`.
 
-    Class attributes: `name` (set by `register_mixer`), `causal`, `no_weight_decay` (names of its own parameters, decays and
-    gates, that must not be decayed; one-dimensional parameters are never decayed anyway).
+    Class attributes: `name` (set by `register_mixer`), `causal`, `no_weight_decay` (names of its own parameters or
+    submodules, decays and gates, that must not be decayed; one-dimensional parameters are never decayed anyway).
     """
 
     name: ClassVar[str] = ""

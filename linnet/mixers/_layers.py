@@ -250,16 +250,20 @@ def token_positions(x_BTD: Tensor, context: Context, length_N: Tensor | None = N
     return (row if length_N is None else row + length_N[segment])[None]
 
 
-def rotate(x_BTHK: Tensor, positions_BT: Tensor, frequencies: Tensor, *, interleaved: bool = False) -> Tensor:
-    """Rotary positions: channel pairs turned by position * frequency (RoFormer, Su et al. 2021, arXiv 2104.09864).
+def turns(positions_BT: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """(cos, sin) [B, T, 1, len(frequencies)] of position * frequency, for `rotate`."""
+    angle = positions_BT.to(frequencies.dtype)[:, :, None, None] * frequencies
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BTHK: Tensor, cos_sin: tuple[Tensor, Tensor], *, interleaved: bool = False) -> Tensor:
+    """Rotary positions: channel pairs turned by the angles of `turns` (RoFormer, Su et al. 2021, arXiv 2104.09864).
 
     The first 2 * len(frequencies) channels are turned, the rest pass. Pairs are (i, i + half) (Llama, GPT-NeoX), or (2i, 2i + 1)
-    with `interleaved` (RoFormer, RetNet). Angles are formed in at least fp32.
+    with `interleaved` (RoFormer, RetNet). Computed in at least fp32.
     """
-    half = frequencies.shape[0]
-    angle = positions_BT.to(frequencies.dtype)[:, :, None, None] * frequencies
-    cos, sin = angle.cos(), angle.sin()
-    y = full(x_BTHK)
+    (cos, sin), y = cos_sin, full(x_BTHK)
+    half = cos.shape[-1]
     turned, rest = y[..., : 2 * half], y[..., 2 * half :]
     a, b = turned.unflatten(-1, (half, 2)).unbind(-1) if interleaved else turned.chunk(2, -1)
     a, b = a * cos - b * sin, a * sin + b * cos

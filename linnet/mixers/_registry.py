@@ -22,7 +22,9 @@ def register_mixer(name: str):
             raise ValueError(f"register_mixer: name {name!r} must be new; it already names {known.__module__}.{known.__qualname__}")
         params = getattr(getattr(cls, "Config", None), "__dataclass_params__", None)
         if params is None or not params.frozen:
-            raise ValueError(f"register_mixer: {cls.__name__}.Config must be a frozen dataclass; got {getattr(cls, 'Config', None)!r}")
+            raise ValueError(
+                f"register_mixer: {cls.__name__}.Config must be a frozen dataclass; got {getattr(cls, 'Config', None)!r}"
+            )
         cls.name = name
         _registry[name] = cls
         return cls
@@ -62,13 +64,17 @@ def mixer_config(name: str, d_model: int, heads: int | None = None, **options: A
     known = {f.name for f in dataclasses.fields(cls.Config)}
     unknown = sorted(set(options) - known)
     if unknown:
-        raise ValueError(f"mixer {name!r}: option must be one of {', '.join(sorted(known - {'d_model', 'heads'}))}; got {unknown[0]!r}")
+        raise ValueError(
+            f"mixer {name!r}: option must be one of {', '.join(sorted(known - {'d_model', 'heads'}))}; got {unknown[0]!r}"
+        )
     if heads is not None and "heads" in known:
         options["heads"] = heads
     return cls.Config(d_model=d_model, **options)
 
 
-def build_mixer(name: str, d_model: int, heads: int | None = None, *, layer_index: int = 0, num_layers: int = 1, **options: Any) -> Mixer:
+def build_mixer(
+    name: str, d_model: int, heads: int | None = None, *, layer_index: int = 0, num_layers: int = 1, **options: Any
+) -> Mixer:
     """Make a mixer by name: `build_mixer("kda", 512, 4, expand_v=2)`. `heads` is ignored where it has no meaning."""
     config = mixer_config(name, d_model, heads, **options)
     return get_mixer(name)(config, layer_index=layer_index, num_layers=num_layers)

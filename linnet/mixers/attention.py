@@ -71,8 +71,8 @@ class Attention(Mixer):
 
         o_t = sum_{t-w < s <= t} softmax_s(q_t . k_s / sqrt(K)) v_s
 
-    Maps to `linnet.ops.softmax_attention`. State: the key/value cache (k [N,S,Hk,K], v [N,S,Hk,K], length [N] of valid slots); S grows
-    with the tokens seen, or stops at window - 1. With a window and RoPE also position [N], the number of tokens seen.
+    Maps to `linnet.ops.softmax_attention`. State: the key/value cache (k [N,S,Hk,K], v [N,S,Hk,K], length [N] of valid slots);
+    S grows with the tokens seen, or stops at window - 1. With a window and RoPE also position [N], the number of tokens seen.
     """
 
     Config = AttentionConfig
@@ -115,8 +115,8 @@ class Attention(Mixer):
             q_BTHK, k_BTHK = self.q_norm(q_BTHK), self.k_norm(k_BTHK)
         if c.position == "rope":
             positions_BT = L.token_positions(x_BTD, context, seen_N)
-            frequencies = L.rope_frequencies(c.rotary, c.rope_theta, x_BTD)
-            q_BTHK, k_BTHK = (L.rotate(y, positions_BT, frequencies) for y in (q_BTHK, k_BTHK))
+            turns = L.turns(positions_BT, L.rope_frequencies(c.rotary, c.rope_theta, x_BTD))
+            q_BTHK, k_BTHK = L.rotate(q_BTHK, turns), L.rotate(k_BTHK, turns)
         o_BTHK, new = ops.softmax_attention(
             q_BTHK, k_BTHK, v_BTHK, window=c.window,
             initial_state=None if state is None else (k_cache, v_cache, length_N), return_state=context.return_state,

@@ -57,12 +57,13 @@ class DeltaNetConfig:
 
 @register_mixer("deltanet")
 class DeltaNet(Mixer):
-    r"""Yang et al., "Parallelizing Linear Transformers with the Delta Rule over Sequence Length", 2024 (arXiv 2406.06484); first
-    Schlag et al., "Linear Transformers Are Secretly Fast Weight Programmers", 2021 (2102.11174: elu+1, qk_norm="sum", no convolution).
+    r"""Yang et al., "Parallelizing Linear Transformers with the Delta Rule over Sequence Length", 2024 (arXiv 2406.06484);
+    first Schlag et al., "Linear Transformers Are Secretly Fast Weight Programmers", 2021 (2102.11174: elu+1, sum norm).
 
         S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,   o_t = S_t^T q_t / sqrt(K),   y_t = W_o RMSNorm_head(o_t)
 
-    Maps to `linnet.ops.short_conv` and `linnet.ops.delta_rule` with erase = beta [B,T,H]. State: conv [N, channels, W-1], S [N,H,K,V].
+    Maps to `linnet.ops.short_conv` and `linnet.ops.delta_rule` with erase = beta [B,T,H].
+    State: conv [N, channels, W-1], S [N,H,K,V].
     """
 
     Config = DeltaNetConfig

@@ -65,10 +65,11 @@ class GatedDeltaNet(Mixer):
     r"""Yang et al., "Gated Delta Networks: Improving Mamba2 with Delta Rule", 2024 (arXiv 2412.06464).
 
         S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,   o_t = S_t^T q_t / sqrt(K)
-        log alpha_t = -exp(A_log) softplus(x_t W_a + dt_bias),   beta_t = sigmoid(x_t W_b),   y_t = W_o (RMSNorm_head(o_t) * silu(x_t W_g))
+        log alpha_t = -exp(A_log) softplus(x_t W_a + dt_bias),   beta_t = sigmoid(x_t W_b)
+        y_t = W_o (RMSNorm_head(o_t) * silu(x_t W_g))
 
-    q, k, v are SiLU of a short convolution; q and k have unit length. Maps to `linnet.ops.short_conv` and `linnet.ops.delta_rule` with
-    erase = beta, log_decay [B,T,H]. State: conv [N, channels, W-1], S [N,H,K,V].
+    q, k, v are SiLU of a short convolution; q and k have unit length. Maps to `linnet.ops.short_conv` and `linnet.ops.delta_rule`
+    with erase = beta, log_decay [B,T,H]. State: conv [N, channels, W-1], S [N,H,K,V].
     """
 
     Config = GatedDeltaNetConfig

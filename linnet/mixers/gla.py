@@ -40,7 +40,9 @@ class GLAConfig:
     def __post_init__(self):
         sizes = {"d_model": self.d_model, "heads": self.heads, "kv_heads": self.kv_heads}
         L.check_positive("gla", **sizes, gate_rank=self.gate_rank, conv_size=self.conv_size)
-        L.check_number("gla", 0, expand_k=self.expand_k, expand_v=self.expand_v, temperature=self.temperature, norm_eps=self.norm_eps)
+        L.check_number(
+            "gla", 0, expand_k=self.expand_k, expand_v=self.expand_v, temperature=self.temperature, norm_eps=self.norm_eps
+        )
         L.check_number("gla", float("-inf"), 0, decay_min=self.decay_min)
         L.check_feature_map("gla", feature_map=self.feature_map)
         if self.heads % self.groups:
@@ -72,7 +74,6 @@ class GLA(Mixer):
     """
 
     Config = GLAConfig
-    no_weight_decay = ("gk_proj.down.weight", "gk_proj.up.weight")
 
     def __init__(self, config: GLAConfig, *, layer_index: int = 0, num_layers: int = 1):
         super().__init__(config, layer_index=layer_index, num_layers=num_layers)

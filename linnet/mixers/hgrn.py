@@ -22,7 +22,7 @@ class HGRNConfig:
     """Options of `hgrn`.
 
     expand: inner width over d_model (the official code has 2, flash-linear-attention 1).
-    lower_bound: of the forget gate in layer l of L: "learned" per channel, rising with depth, l/L at the start; "fixed" l/L; "none".
+    lower_bound: of the forget gate in layer l of L: "learned" per channel, rising with depth from l/L; "fixed" l/L; "none".
     output: "norm_gate" RMSNorm(h) * silu(x W_g); "gate_norm" LayerNorm(h * sigmoid(x W_g)), the official code.
     conv_size: width of a short convolution on the input (None: none).
     """
@@ -52,8 +52,9 @@ class HGRN(Mixer):
 
         f_t = lb + (1 - lb) sigmoid(x_t W_f),   h_t = f_t * h_{t-1} + (1 - f_t) * silu(x_t W_i),   y_t = W_o out(h_t, x_t W_g)
 
-    Lower bounds of layers 0 .. L-1 rise from 0: lb_l = lb_{l-1} + (1 - lb_{l-1}) sigmoid(delta_l) with delta_l learned per channel. They
-    pass through Context.shared, so that gradients of a layer reach the bounds below it. A standalone layer takes lb_{l-1} = (l-1)/L.
+    Lower bounds of layers 0 .. L-1 rise from 0: lb_l = lb_{l-1} + (1 - lb_{l-1}) sigmoid(delta_l), delta_l learned per channel.
+    They pass through Context.shared, so that a layer's gradients reach the bounds below it. Where no bound was passed, layers
+    below count as fixed: lb_{l-1} = (l-1)/L.
 
     Maps to `linnet.ops.scan` with log_a = log f. State: h [N, width] (and the convolution's, where there is one).
     """
@@ -91,7 +92,7 @@ class HGRN(Mixer):
         if self.config.lower_bound == "fixed":
             return l / layers
         bounds = context.shared.setdefault(SHARED, {})
-        below = max((k for k in bounds if k < l), default=0)
+        below = max([0] + [k for k in bounds if k < l])
         previous = bounds.get(below, 0.0)
         previous = previous + (1 - previous) * (l - 1 - below) / (layers - below)  # layers of other kinds count as fixed steps
         bounds[l] = previous + (1 - previous) * torch.sigmoid(L.full(self.bound_logit))
@@ -106,7 +107,7 @@ class HGRN(Mixer):
         lb = self.bound(context)
         log_f_BTE = F.logsigmoid(f_BTE)
         if not isinstance(lb, float) or lb > 0:  # log(lb + (1 - lb) sigmoid(f)) without leaving log space
-            lb = torch.as_tensor(lb, dtype=f_BTE.dtype, device=f_BTE.device).clamp_min(1e-30)
+            lb = (f_BTE.new_full((), lb) if isinstance(lb, float) else lb).clamp_min(1e-30)
             log_f_BTE = torch.logaddexp(lb.log(), torch.log1p(-lb) + log_f_BTE)
         input_BTE = (1 - lb) * torch.sigmoid(-f_BTE) * F.silu(L.full(i_BTE))
         h_BTE, new = ops.scan(

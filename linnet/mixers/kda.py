@@ -20,7 +20,7 @@ class KDAConfig:
 
     heads: key heads. value_heads: a multiple of `heads` (None: `heads`); decay and write strength are per value head.
     head_dim: K, key channels per head (None: d_model / heads). expand_v: value channels per value head over key channels.
-    decay_gate: "softplus" g = -exp(A_log) softplus(f + dt_bias); "safe" g = decay_min sigmoid(exp(A_log) (f + dt_bias)), bounded below.
+    decay_gate: "softplus" g = -exp(A_log) softplus(f + dt_bias); "safe" g = decay_min sigmoid(exp(A_log) (f + dt_bias)).
     gate_rank: rank of the projections of decay and output gate (None: value channels per head; 0: full matrices).
     gate: activation of the output gate, "sigmoid" or "silu". gate_bias: whether its projection has a bias.
     conv_size: taps of the short convolution on q, k, v (None: none, SiLU only). allow_neg_eigval: beta in (0, 2), not (0, 1).
@@ -71,10 +71,11 @@ class KDA(Mixer):
     r"""Kimi Team, "Kimi Linear: An Expressive, Efficient Attention Architecture", 2025 (arXiv 2510.26692).
 
         S_t = (I - beta_t k_t k_t^T) Diag(alpha_t) S_{t-1} + beta_t k_t v_t^T,   o_t = S_t^T q_t / sqrt(K)
-        beta_t = sigmoid(x_t W_b),   y_t = W_o (RMSNorm_head(o_t) * sigmoid(x_t W_g1 W_g2 + b)),   log alpha_t by `decay_gate`, f = x_t W_f1 W_f2
+        log alpha_t by `decay_gate` with f = x_t W_f1 W_f2,   beta_t = sigmoid(x_t W_b)
+        y_t = W_o (RMSNorm_head(o_t) * sigmoid(x_t W_g1 W_g2 + b))
 
-    q, k, v are SiLU of a short convolution; q and k have unit length. Maps to `linnet.ops.short_conv` and `linnet.ops.delta_rule` with
-    erase = beta, log_decay [B,T,H,K] (log_decay_min declared with the safe gate). State: conv [N, channels, W-1], S [N,H,K,V].
+    q, k, v are SiLU of a short convolution; q and k have unit length. Maps to `linnet.ops.short_conv` and `linnet.ops.delta_rule`
+    with erase = beta, log_decay [B,T,H,K] (log_decay_min declared with the safe gate). State: conv [N, channels, W-1], S [N,H,K,V].
     """
 
     Config = KDAConfig

@@ -37,7 +37,9 @@ class LinearTransformerConfig:
     def __post_init__(self):
         name = "linear_transformer"
         L.check_positive(name, d_model=self.d_model, heads=self.heads, kv_heads=self.kv_heads)
-        L.check_number(name, 0, expand_k=self.expand_k, expand_v=self.expand_v, normalizer_eps=self.normalizer_eps, norm_eps=self.norm_eps)
+        L.check_number(
+            name, 0, expand_k=self.expand_k, expand_v=self.expand_v, normalizer_eps=self.normalizer_eps, norm_eps=self.norm_eps
+        )
         L.check_feature_map(name, feature_map=self.feature_map)
         L.check_choice(name, ("sum", None), normalizer=self.normalizer)
         if self.heads % self.groups:
@@ -60,7 +62,8 @@ class LinearTransformerConfig:
 
 @register_mixer("linear_transformer")
 class LinearTransformer(Mixer):
-    r"""Katharopoulos et al., "Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention", 2020 (arXiv 2006.16236).
+    r"""Katharopoulos et al., "Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention", 2020
+    (arXiv 2006.16236).
 
         S_t = S_{t-1} + phi(k_t) v_t^T,   z_t = z_{t-1} + phi(k_t),   o_t = S_t^T phi(q_t) / (phi(q_t).z_t + eps)
 

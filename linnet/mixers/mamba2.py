@@ -20,7 +20,8 @@ class Mamba2Config:
     """Options of `mamba2`.
 
     heads: H (None: inner width / head_dim). head_dim: P, value channels per head (None: inner width / heads, 64 without both).
-    d_state: N, key channels. groups: heads of B and C, a divisor of `heads`. norm_groups: blocks of the gated norm (None: `groups`).
+    d_state: N, key channels. groups: heads of B and C, a divisor of `heads`.
+    norm_groups: blocks of the gated norm (None: `groups`, the authors' code; transformers 5.17 has 1).
     expand: inner width over d_model. d_conv: taps of the short convolution. dt_limit: (low, high) clamp of the step size.
     norm_before_gate: RMSNorm(y) * silu(z) instead of the published RMSNorm(y * silu(z)).
     A_range: -A is uniform in it at the start. dt_min, dt_max, dt_floor: the step sizes at the start. bias, conv_bias: biases.

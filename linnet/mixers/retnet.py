@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +20,7 @@ class RetNetConfig:
     expand_k, expand_v: key and value width over d_model.
     decay: constant log-decay of head h (of H) in layer l (of L): "retnet" log(1 - 2^(-5-h)); "tnl" -(8h/H)(1 - l/L), the formula of
         the TransNormerLLM paper; "alibi" -2^(-8(h+1)/H) (1 - l/(L-1) + 1e-5), its code and MiniMax; or one log-decay per head.
-    position: "retnet" turns pairs (2i, 2i+1) by angles theta^(-linspace(0, 1)); "rope" turns pairs (i, i + K/2) by rotary angles; "none".
+    position: "retnet" turns pairs (2i, 2i+1) by theta^(-linspace(0, 1)); "rope" turns pairs (i, i + K/2) by rotary angles; "none".
     activation: of q, k and v, "identity" or "silu" (lightning attention). scale: None means K^-1/2; lightning attention has 1.
     norm: "head" is a per-head RMSNorm, "full" one over all heads. norm_affine: whether it has a weight (the paper's has none).
     gate: activation of the output gate, "silu", "sigmoid" or None.
@@ -43,7 +42,9 @@ class RetNetConfig:
 
     def __post_init__(self):
         L.check_positive("retnet", d_model=self.d_model, heads=self.heads)
-        L.check_number("retnet", 0, expand_k=self.expand_k, expand_v=self.expand_v, theta=self.theta, scale=self.scale, norm_eps=self.norm_eps)
+        L.check_number(
+            "retnet", 0, expand_k=self.expand_k, expand_v=self.expand_v, theta=self.theta, scale=self.scale, norm_eps=self.norm_eps
+        )
         L.check_choice("retnet", ("retnet", "rope", "none"), position=self.position)
         L.check_choice("retnet", ("identity", "silu"), activation=self.activation)
         L.check_choice("retnet", ("head", "full"), norm=self.norm)
@@ -89,6 +90,8 @@ class RetNet(Mixer):
         self.g_proj = nn.Linear(c.d_model, values, bias=False) if c.gate else None
         self.o_proj = nn.Linear(values, c.d_model, bias=False)
         self.o_norm = L.RMSNorm(c.value_size if c.norm == "head" else values, eps=c.norm_eps, affine=c.norm_affine)
+        with torch.device("cpu"):  # also when the parameters are built on the meta device
+            self.log_decay_min = 1.001 * float(self.log_decays(torch.empty(0)).min())
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -102,16 +105,18 @@ class RetNet(Mixer):
         c = self.config
         return self.make_spec(S=(c.heads, c.key_size, c.value_size), length=None if c.position == "none" else ())
 
-    def log_decays(self) -> list[float]:
-        """The constant log-decay of every head."""
-        c, l, L_ = self.config, self.layer_index, self.num_layers
+    def log_decays(self, like: Tensor) -> Tensor:
+        """The constant log-decay of every head [H], in at least fp32 on the device of `like`."""
+        c, l, layers = self.config, self.layer_index, self.num_layers
+        options = {"dtype": L.state_dtype(like), "device": like.device}
         if isinstance(c.decay, tuple):
-            return list(c.decay)
+            return torch.tensor(c.decay, **options)
+        h = torch.arange(c.heads, **options)
         if c.decay == "retnet":
-            return [math.log1p(-(2.0 ** (-5 - h))) for h in range(c.heads)]
+            return torch.log1p(-torch.exp2(-5 - h))
         if c.decay == "tnl":
-            return [-(8 * h / c.heads) * (1 - l / L_) for h in range(c.heads)]
-        return [-(2.0 ** (-8 * (h + 1) / c.heads)) * (1 - l / (L_ - 1 + 1e-5) + 1e-5) for h in range(c.heads)]
+            return -(8 / c.heads) * (1 - l / layers) * h
+        return -torch.exp2(-(8 / c.heads) * (h + 1)) * (1 - l / (layers - 1 + 1e-5) + 1e-5)
 
     def forward(self, x_BTD: Tensor, state: State | None = None, *, context: Context | None = None) -> tuple[Tensor, State | None]:
         c, context = self.config, context or Context()
@@ -122,11 +127,11 @@ class RetNet(Mixer):
         if c.position != "none":
             positions_BT, retnet = L.token_positions(x_BTD, context, length_N), c.position == "retnet"
             frequencies = (L.retnet_frequencies if retnet else L.rope_frequencies)(c.key_size, c.theta, x_BTD)
-            q_BTHK, k_BTHK = (L.rotate(y, positions_BT, frequencies, interleaved=retnet) for y in (q_BTHK, k_BTHK))
-        decays = self.log_decays()
+            turns = L.turns(positions_BT, frequencies)
+            q_BTHK, k_BTHK = (L.rotate(y, turns, interleaved=retnet) for y in (q_BTHK, k_BTHK))
         o_BTHV, new = ops.linear_attention(
-            q_BTHK, k_BTHK, v_BTHV, torch.tensor(decays, dtype=L.state_dtype(x_BTD), device=x_BTD.device), scale=c.scale,
-            log_decay_min=min(decays), initial_state=S, return_state=context.return_state, cu_seqlens=context.cu_seqlens,
+            q_BTHK, k_BTHK, v_BTHV, self.log_decays(x_BTD), scale=c.scale, log_decay_min=self.log_decay_min,
+            initial_state=S, return_state=context.return_state, cu_seqlens=context.cu_seqlens,
         )  # fmt: skip
         o_BTD = self.o_norm(o_BTHV).flatten(2) if c.norm == "head" else self.o_norm(o_BTHV.flatten(2))
         if c.gate:

@@ -73,12 +73,12 @@ class RWKV7(Mixer):
         S_t = (Diag(w) - (kappa * a) kappa^T) S_{t-1} + k' v^T,   o_t = S_t^T r
         y_t = W_o ((GroupNorm_heads(o_t) + (sum_K r * k' * r_k) v) * g)
 
-    Maps to `linnet.ops.token_shift` and `linnet.ops.dplr` with a = -kappa, b = kappa * a, scale 1. State: shift [N, D], S [N,H,K,K].
-    The first value passes through Context.shared.
+    Maps to `linnet.ops.token_shift` and `linnet.ops.dplr` with a = -kappa, b = kappa * a, scale 1.
+    State: shift [N, D], S [N,H,K,K]. The first value passes through Context.shared.
     """
 
     Config = RWKV7Config
-    no_weight_decay = tuple(f"{x}_lora.{y}.weight" for x in ("w", "a", "v", "g") for y in ("down", "up")) + ("r_k",)
+    no_weight_decay = ("w_lora", "a_lora", "v_lora", "g_lora", "r_k")
 
     def __init__(self, config: RWKV7Config, *, layer_index: int = 0, num_layers: int = 1):
         super().__init__(config, layer_index=layer_index, num_layers=num_layers)
@@ -142,14 +142,19 @@ class RWKV7(Mixer):
         delta_BTD = past_BTD - x_BTD
         x_r, x_w, x_k, x_v, x_a, x_g = (x_BTD + delta_BTD * self.mu[name] for name in MIXED)
         r_BTD, k_BTD, v_BTD = self.r_proj(x_r), self.k_proj(x_k), self.value(x_v, context)
-        a_BTD, gate_BTD, dtype = torch.sigmoid(self.a_lora(x_a)), self.g_lora(x_g), r_BTD.dtype  # k_k, k_a may promote under autocast
+        a_BTD, gate_BTD, dtype = (
+            torch.sigmoid(self.a_lora(x_a)),
+            self.g_lora(x_g),
+            r_BTD.dtype,
+        )  # k_k, k_a may promote under autocast
         log_w_BTD = DECAY_SCALE * torch.sigmoid(L.full(self.w_lora(x_w)))
         kappa_BTHK = nn.functional.normalize(L.full(L.split_heads(k_BTD * self.k_k, c.state_heads)), dim=-1).to(dtype)
         k_BTD = (k_BTD * (1 + (a_BTD - 1) * self.k_a)).to(dtype)
         r_BTHK, k_BTHK, v_BTHV, a_BTHK = (L.split_heads(y, c.state_heads) for y in (r_BTD, k_BTD, v_BTD, a_BTD))
         o_BTHV, new = ops.dplr(
             r_BTHK, k_BTHK, v_BTHV, -kappa_BTHK, kappa_BTHK * a_BTHK, L.split_heads(log_w_BTD, c.state_heads), scale=1.0,
-            log_decay_min=DECAY_SCALE * (1 + 1e-6), initial_state=S, return_state=context.return_state, cu_seqlens=context.cu_seqlens,
+            log_decay_min=DECAY_SCALE * (1 + 1e-6), initial_state=S, return_state=context.return_state,
+            cu_seqlens=context.cu_seqlens,
         )  # fmt: skip
         y_BTD = self.norm(o_BTHV.flatten(2).flatten(0, 1)).view_as(x_BTD)
         y_BTD = y_BTD + ((r_BTHK * k_BTHK * self.r_k).sum(-1, keepdim=True) * v_BTHV).flatten(2)

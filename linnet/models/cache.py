@@ -110,9 +110,7 @@ class LinnetCache(Cache):
         )
 
     def activate_past_recording(self) -> NoReturn:
-        raise ValueError(
-            "LinnetCache: assisted generation needs a state that can be rolled back; use another decoding method"
-        )
+        raise ValueError("LinnetCache: assisted generation needs a state that can be rolled back; use another decoding method")
 
     def update(self, *_: object, **__: object) -> NoReturn:
         raise ValueError("LinnetCache holds states of Linnet mixers, not keys and values; pass it to a Linnet model")

@@ -84,7 +84,7 @@ class LinnetConfig(PreTrainedConfig):
             self.num_layers = len(pattern)
         elif self.num_layers < len(pattern):
             raise ValueError(
-                f"num_layers must be at least the {len(pattern)} layers that layers={self.layers!r} describes; got {self.num_layers}"
+                f"num_layers must be at least {len(pattern)}, the layers that {self.layers!r} describes; got {self.num_layers}"
             )
         if self.d_ff is None:
             self.d_ff = 64 * math.ceil(self.mlp_ratio * self.d_model / 64)

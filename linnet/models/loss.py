@@ -91,7 +91,7 @@ def linear_cross_entropy(
     """
     if targets.shape != x.shape[:-1]:
         raise ValueError(
-            f"linear_cross_entropy: targets must have the shape {tuple(x.shape[:-1])} of x without its last axis; got {tuple(targets.shape)}"
+            f"linear_cross_entropy: targets must have the shape {tuple(x.shape[:-1])} of x[..., 0]; got {tuple(targets.shape)}"
         )
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"linear_cross_entropy: chunk_tokens must be >= 1 or None; got {chunk_tokens}")

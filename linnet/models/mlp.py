@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from linnet.mixers._layers import full
 from linnet.models.pattern import parse_layers
 
 _mlps: dict[str, Callable[..., nn.Module] | None] = {"none": None}
@@ -45,9 +46,7 @@ def mlp_factory(pattern: str) -> Callable[[int, int], nn.Module] | None:
     known = list(inspect.signature(_mlps[name]).parameters)[2:] if _mlps[name] else []
     for option in options:
         if option not in known:
-            raise ValueError(
-                f"mlp {name!r}: option must be one of {', '.join(known) or '(it has none)'}; got {option!r}"
-            )
+            raise ValueError(f"mlp {name!r}: option must be one of {', '.join(known) or '(it has none)'}; got {option!r}")
     return functools.partial(_mlps[name], **options) if _mlps[name] else None
 
 
@@ -87,7 +86,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x_ND = x.reshape(-1, x.shape[-1])
-        weight_NK, expert_NK = self.router(x_ND).float().softmax(-1).topk(self.top_k, dim=-1)
+        weight_NK, expert_NK = full(self.router(x_ND)).softmax(-1).topk(self.top_k, dim=-1)
         weight_NK = weight_NK / weight_NK.sum(-1, keepdim=True)
         y_ND = torch.zeros_like(x_ND)
         for index, expert in enumerate(self.experts):

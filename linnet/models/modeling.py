@@ -77,11 +77,14 @@ class LinnetPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["LinnetBlock"]
     _skip_keys_device_placement = ["past_key_values"]
     _is_stateful = True  # transformers then refuses assisted generation by itself
+    # Decay rates and step sizes stay fp32 when a checkpoint is loaded in bf16 or fp16: rounding them changes how long a state
+    # lasts.
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Mixer):
-            self._init_mixer(module)
+            self._reset_unloaded(module)
         elif getattr(module, "_inside_mixer", False):
             return
         elif isinstance(module, (nn.Linear, nn.Embedding)):
@@ -91,20 +94,20 @@ class LinnetPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=std)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, RMSNorm):
-            init.ones_(module.weight)
+        elif hasattr(module, "reset_parameters"):  # norms, and parts of registered MLPs
+            self._reset_unloaded(module)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For code outside its own package transformers takes a module without direct parameters for initialised: most mixers.
         super()._initialize_weights(module, False)
 
     @staticmethod
-    def _init_mixer(mixer: Mixer) -> None:
-        """The mixer's own initialisation, for what was not loaded only: loaded tensors come back bit for bit."""
-        named = [*mixer.named_parameters(), *mixer.named_buffers()]
-        loaded = [(x, x.clone()) for _, x in named if getattr(x, "_is_hf_initialized", False)]
-        if len(loaded) < len(named):
-            mixer.reset_parameters()
+    def _reset_unloaded(module: nn.Module) -> None:
+        """The module's own initialisation, for what was not loaded only: loaded tensors come back bit for bit."""
+        tensors = [*module.parameters(), *module.buffers()]
+        loaded = [(x, x.clone()) for x in tensors if getattr(x, "_is_hf_initialized", False)]
+        if len(loaded) < len(tensors):
+            module.reset_parameters()
             for x, value in loaded:
                 x.copy_(value)
 
@@ -217,9 +220,7 @@ class LinnetModel(LinnetPreTrainedModel):
                 )
             position_ids = position_ids.expand(batch, tokens)
         cache = None if past_key_values is None else check_cache(past_key_values, len(self.layers))
-        wanted = (
-            use_cache if use_cache is not None else (cache is not None or (self.config.use_cache and not self.training))
-        )
+        wanted = use_cache if use_cache is not None else (cache is not None or (self.config.use_cache and not self.training))
         cache = cache or (LinnetCache(len(self.layers)) if wanted else None)
 
         index_M = None
@@ -229,9 +230,7 @@ class LinnetModel(LinnetPreTrainedModel):
             x_BTD = x_BTD.flatten(0, 1)[index_M][None]
             position_ids = None if position_ids is None else position_ids.flatten()[index_M][None]
         tokens_N = cache.tokens_N if cache is not None else None
-        counts_N = (
-            x_BTD.new_full((batch,), tokens, dtype=torch.int64) if cu_seqlens is None else cu_seqlens.diff().long()
-        )
+        counts_N = x_BTD.new_full((batch,), tokens, dtype=torch.int64) if cu_seqlens is None else cu_seqlens.diff().long()
         if tokens_N is not None and tokens_N.shape != counts_N.shape:
             raise ValueError(
                 f"past_key_values must hold {counts_N.shape[0]} rows (the batch, or the packed documents); got {tokens_N.shape[0]}"
@@ -274,9 +273,8 @@ def _check_offsets(cu_seqlens: Tensor | None, batch: int, tokens: int, device: t
     if cu_seqlens is None:
         return None
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point() or cu_seqlens.device != device:
-        raise ValueError(
-            f"cu_seqlens must be an int32 tensor [N+1] on {device} with N >= 1; got {list(cu_seqlens.shape)}, {cu_seqlens.dtype} on {cu_seqlens.device}"
-        )
+        came = f"{list(cu_seqlens.shape)}, {cu_seqlens.dtype} on {cu_seqlens.device}"
+        raise ValueError(f"cu_seqlens must be an int32 tensor [N+1] on {device} with N >= 1; got {came}")
     if batch != 1:
         raise ValueError(f"cu_seqlens needs one row that holds all documents (batch size 1); got batch size {batch}")
     if not torch.compiler.is_compiling() and (device.type == "cpu" or debugging()):
@@ -292,16 +290,13 @@ def _check_mask(mask: Tensor | None, batch: int, tokens: int, cu_seqlens: Tensor
     if mask is None:
         return None
     if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < tokens:
-        raise ValueError(
-            f"attention_mask must be of shape [{batch}, {tokens}] (with a cache: [{batch}, past + {tokens}]); got {list(mask.shape)}"
-        )
+        expected = f"[{batch}, {tokens}] (with a cache: [{batch}, past + {tokens}])"
+        raise ValueError(f"attention_mask must be of shape {expected}; got {list(mask.shape)}")
     mask_BT = mask[:, -tokens:] != 0
     if bool(mask_BT.all()):
         return None
     if cu_seqlens is not None:
-        raise ValueError(
-            "attention_mask must be None or all ones with cu_seqlens (packed documents have no padding); got zeros"
-        )
+        raise ValueError("attention_mask must be None or all ones with cu_seqlens (packed documents have no padding); got zeros")
     if not bool(mask_BT.any()):
         raise ValueError("attention_mask must mark at least one real token; got only zeros")
     return mask_BT
@@ -403,9 +398,7 @@ class LinnetForCausalLM(LinnetPreTrainedModel, GenerationMixin):
             mask_BT = None if attention_mask is None else attention_mask[:, -x_BTD.shape[1] :]
             name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
             if given.shape != x_BTD.shape[:2]:
-                raise ValueError(
-                    f"{name} must be of shape {list(x_BTD.shape[:2])} like the tokens; got {list(given.shape)}"
-                )
+                raise ValueError(f"{name} must be of shape {list(x_BTD.shape[:2])} like the tokens; got {list(given.shape)}")
             targets_BT = next_token_targets(labels, cu_seqlens, mask_BT) if shift_labels is None else shift_labels
             loss = linear_cross_entropy(x_BTD, self.lm_head.weight, targets_BT, num_items=num_items_in_batch)
         logits = None
@@ -419,9 +412,8 @@ class LinnetForCausalLM(LinnetPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args: Any, **kwargs: Any) -> None:
         """`generate` starts with an empty `LinnetCache` unless the caller brings one."""
         if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
-                f"cache_implementation must be None (a Linnet model keeps its own state); got {generation_config.cache_implementation!r}"
-            )
+            came = repr(generation_config.cache_implementation)
+            raise ValueError(f"cache_implementation must be None (a Linnet model keeps its own state); got {came}")
         given = model_kwargs.get("past_key_values")
         if given is not None:
             check_cache(given, self.config.num_layers)._is_user_defined = True

@@ -24,9 +24,7 @@ def no_weight_decay_parameters(model: nn.Module, *, decay_embeddings: bool = Tru
                 # a name may be that of a submodule: all of its parameters are meant
                 found = {x for x in own if x == name or x.startswith(f"{name}.")}
                 if not found and not hasattr(module, name.split(".")[0]):
-                    raise ValueError(
-                        f"mixer {module.name!r}: no_weight_decay names {name!r}, which it has no parameter for"
-                    )
+                    raise ValueError(f"mixer {module.name!r}: no_weight_decay names {name!r}, which it has no parameter for")
                 names |= {prefix + x for x in found}
         elif isinstance(module, nn.Embedding) and not decay_embeddings:
             names.add(f"{prefix}weight")

@@ -147,9 +147,7 @@ def parse_layers(layers: str | Sequence[str | dict[str, Any]], argument: str = "
     if isinstance(layers, str):
         return _Parser(layers, argument).whole()
     if not isinstance(layers, Sequence) or not layers:
-        raise ValueError(
-            f"{argument} must be a pattern such as '3*gla + attention' or a non-empty list; got {layers!r}"
-        )
+        raise ValueError(f"{argument} must be a pattern such as '3*gla + attention' or a non-empty list; got {layers!r}")
     specs: list[LayerSpec] = []
     for index, entry in enumerate(layers):
         if isinstance(entry, str):
@@ -157,9 +155,7 @@ def parse_layers(layers: str | Sequence[str | dict[str, Any]], argument: str = "
         elif isinstance(entry, dict) and isinstance(entry.get("mixer"), str):
             specs.append(LayerSpec(entry["mixer"], {k: v for k, v in entry.items() if k != "mixer"}))
         else:
-            raise ValueError(
-                f"{argument}[{index}] must be a pattern or a dictionary with the key 'mixer'; got {entry!r}"
-            )
+            raise ValueError(f"{argument}[{index}] must be a pattern or a dictionary with the key 'mixer'; got {entry!r}")
     if len(specs) > MAX_LAYERS:
         raise ValueError(f"{argument} must describe at most {MAX_LAYERS} layers; got {len(specs)}")
     return specs

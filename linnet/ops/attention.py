@@ -19,9 +19,11 @@ def _cache(op: str, value: object, rows: int, k: Tensor, v: Tensor) -> State | N
     """Check a key-value cache (k [N, S, Hk, K], v [N, S, Hv, V], length [N])."""
     if value is None:
         return None
-    layout = f"a tuple (k [{rows}, S, {k.shape[2]}, {k.shape[3]}], v [{rows}, S, {v.shape[2]}, {v.shape[3]}], length [{rows}] int64)"
+    (_, _, k_heads, key_size), (_, _, v_heads, value_size) = k.shape, v.shape
+    layout = f"a tuple (k [{rows}, S, {k_heads}, {key_size}], v [{rows}, S, {v_heads}, {value_size}], length [{rows}] int64)"
     if not isinstance(value, (tuple, list)) or len(value) != 3 or not all(isinstance(x, Tensor) for x in value):
-        check.refuse(op, "initial_state", layout, f"{len(value)} entries" if isinstance(value, (tuple, list)) else check.describe(value))
+        came = f"{len(value)} entries" if isinstance(value, (tuple, list)) else check.describe(value)
+        check.refuse(op, "initial_state", layout, came)
     keys, values, length = value
     if keys.ndim != 4 or tuple(keys.shape) != (rows, keys.shape[1], *k.shape[2:]):
         check.refuse(op, "initial_state", layout, f"{check.describe(keys)} for k")

@@ -7,6 +7,7 @@ import math
 import time
 from pathlib import Path
 
+import torch
 from transformers import TrainerCallback
 
 from linnet.training.checkpoints import prune, write_manifest, write_text
@@ -17,34 +18,40 @@ PROGRESS_FILE = "progress.json"
 class Clock(TrainerCallback):
     """How much of the budget is used. Time counts inside training steps only: not evaluation, not saving.
 
+    The first process's time counts for all, so that their learning rates and their last step are the same.
+
     minutes: the budget in minutes, or None if it is counted in steps.
     """
 
     def __init__(self, minutes: float | None):
         self.budget_s = None if minutes is None else 60 * minutes
         self.elapsed_s = 0.0
-        self._step_began: float | None = None
-
-    def now_s(self) -> float:
-        """Seconds in training steps so far, the running one included."""
-        return self.elapsed_s + (time.perf_counter() - self._step_began if self._step_began is not None else 0.0)
+        self._step_began = 0.0
+        self._step_s = 0.0
 
     def fraction(self, step: int, max_steps: int) -> float:
-        """Share of the budget that is used, in [0, 1]."""
-        used = step / max_steps if self.budget_s is None else self.now_s() / self.budget_s
-        return min(used, 1.0)
+        """Share of the budget that is used, in [0, 1]; 1 after the last step."""
+        if self.budget_s is None:
+            return min(step / max_steps, 1.0)
+        return 1.0 if self._is_last() else min(self.elapsed_s / self.budget_s, 1.0)
+
+    def _is_last(self) -> bool:
+        """Whether stopping now is nearer to the budget than after one more step."""
+        return self.budget_s is not None and self.elapsed_s + self._step_s / 2 >= self.budget_s
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._step_began = time.perf_counter()
 
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        """The learning rate of the next step is read right after this."""
+        step_s = torch.tensor(time.perf_counter() - self._step_began, device=args.device)
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast(step_s, 0)
+        self._step_s = float(step_s)
+        self.elapsed_s += self._step_s
+
     def on_step_end(self, args, state, control, **kwargs):
-        step_s = time.perf_counter() - self._step_began
-        self.elapsed_s, self._step_began = self.elapsed_s + step_s, None
-        if self.budget_s is not None and self.elapsed_s + step_s / 2 >= self.budget_s:
-            self.elapsed_s = max(
-                self.elapsed_s, self.budget_s
-            )  # the step that would end nearest to the budget is the last
-            control.should_training_stop = True
+        control.should_training_stop |= self._is_last()
 
 
 class Milestones(TrainerCallback):
@@ -76,6 +83,8 @@ class CompleteCheckpoints(TrainerCallback):
         self.run, self.tokenizer, self.clock, self.keep = run, tokenizer, clock, keep
 
     def on_save(self, args, state, control, **kwargs):
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # every process has written its part
         if state.is_world_process_zero:
             checkpoint = self.run / f"checkpoint-{state.global_step}"
             self.tokenizer.save_pretrained(checkpoint)
@@ -118,7 +127,7 @@ class Progress(TrainerCallback):
             self.bar.start()
 
     def on_step_end(self, args, state, control, **kwargs):
-        now = self.clock.now_s()
+        now = self.clock.elapsed_s
         if self._began is None:  # the first step compiles and warms up: the speed is counted from its end
             self._began = (state.global_step, now)
         steps, seconds = state.global_step - self._began[0], now - self._began[1]

@@ -87,9 +87,7 @@ def prune(run: Path, keep: int) -> None:
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_blocks(file)
-        )
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_blocks(file)
 
 
 def _sha256_blocks(file) -> str:

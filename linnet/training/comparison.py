@@ -35,8 +35,8 @@ class Arm:
 
 
 def arms_of(layers: Sequence[str] = (), mixers: Sequence[str] = (), num_layers: int = 4) -> list[Arm]:
-    """Arms from layer patterns, and from mixer names (`num_layers` layers of each; `all` means every registered
-    mixer).""" from linnet.mixers import get_mixer, list_mixers
+    """Arms from layer patterns and from mixer names (`num_layers` layers of each; `all`: every registered mixer)."""
+    from linnet.mixers import get_mixer, list_mixers
 
     names = list_mixers() if list(mixers) == ["all"] else list(mixers)
     for name in names:
@@ -57,9 +57,7 @@ def count_parameters(config: LinnetConfig) -> int:
         return sum(p.numel() for p in LinnetForCausalLM(config).parameters())
 
 
-def match_parameters(
-    config: RunConfig, tokenizer: Any, target: int, tolerance: float = TOLERANCE
-) -> tuple[dict[str, Any], int]:
+def match_parameters(config: RunConfig, tokenizer: Any, target: int, tolerance: float = TOLERANCE) -> tuple[dict[str, Any], int]:
     """Changes of d_ff (a multiple of 8) and if need be d_model that bring a model to `target` parameters.
 
     The width of the model stays unless the MLP would become narrower than half of it. Returns (changes, parameters);
@@ -67,14 +65,10 @@ def match_parameters(
     """
     base = model_config(config, tokenizer)
     step = 8 * base.heads
-    widths = [
-        base.d_model + sign * i * step for i in range(base.d_model // step + 1) for sign in ((1, -1) if i else (1,))
-    ]
+    widths = [base.d_model + sign * i * step for i in range(base.d_model // step + 1) for sign in ((1, -1) if i else (1,))]
     nearest: tuple[float, dict[str, Any], int] | None = None
     for d_model in (w for w in widths if w >= step):
-        count = lambda d_ff, d_model=d_model: count_parameters(
-            model_config(config, tokenizer, d_model=d_model, d_ff=d_ff)
-        )
+        count = lambda d_ff, d_model=d_model: count_parameters(model_config(config, tokenizer, d_model=d_model, d_ff=d_ff))
         try:
             at_8, at_16 = count(8), count(16)
         except ValueError:
@@ -91,9 +85,7 @@ def match_parameters(
         if nearest is None or error < nearest[0]:
             nearest = (error, changes, total)
     closest = f"{nearest[2]:,} with {nearest[1]}" if nearest else "none"
-    raise ValueError(
-        f"layers {base.layers!r}: no width gives {target:,} parameters within {tolerance:.0%}; nearest: {closest}"
-    )
+    raise ValueError(f"layers {base.layers!r}: no width gives {target:,} parameters within {tolerance:.0%}; nearest: {closest}")
 
 
 def compare(
@@ -142,10 +134,14 @@ def compare(
             console.rule(f"{arm.name}, seed {seed}")
             row = {"arm": arm.name, "seed": seed}
             try:
-                row |= train(run_config, out / f"{arm.name}-seed{seed}", resume=resume, text=text, console=console)
+                row |= train(
+                    run_config, out / f"{arm.name}-seed{seed}", resume=resume, text=text, console=console, report_run=False
+                )
             except Exception as error:  # one architecture must not cost the others their results
                 row |= {"layers": arm.layers, "error": f"{type(error).__name__}: {error}"}
                 console.print(f"[red]{arm.name} failed:[/] {row['error']}", markup=True, highlight=False)
+            else:
+                console.print(f"held-out bits per byte: {row['bits_per_byte']:.3f}")
             rows.append(row)
             write_text(out / "results.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
     averaged = average_seeds(rows)
@@ -164,12 +160,8 @@ def average_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     result = []
     for group in by_arm.values():
         scores = [row["bits_per_byte"] for row in group]
-        means = {
-            key: statistics.fmean(row[key] for row in group) for key in ("bits_per_byte", "tokens_per_second", "tokens")
-        }
-        result.append(
-            {**group[0], **means, "seeds": len(group), "spread": statistics.stdev(scores) if len(scores) > 1 else None}
-        )
+        means = {key: statistics.fmean(row[key] for row in group) for key in ("bits_per_byte", "tokens_per_second", "tokens")}
+        result.append({**group[0], **means, "seeds": len(group), "spread": statistics.stdev(scores) if len(scores) > 1 else None})
     return sorted(result, key=lambda row: row["bits_per_byte"])
 
 
@@ -197,7 +189,5 @@ def table(averaged: Sequence[dict[str, Any]], failed: Sequence[dict[str, Any]], 
         result.add_row(row["arm"], f"failed (seed {row['seed']})", *[""] * (3 + len(lengths)))
     if averaged:
         best = averaged[0]
-        result.caption = (
-            f"xz -9: {best['xz_bits_per_byte']:.3f}, byte unigram: {best['unigram_bits_per_byte']:.3f} bits per byte"
-        )
+        result.caption = f"xz -9: {best['xz_bits_per_byte']:.3f}, byte unigram: {best['unigram_bits_per_byte']:.3f} bits per byte"
     return result

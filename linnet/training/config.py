@@ -40,7 +40,7 @@ class Data:
     glob: str = "**/*"  # documents of a folder
     subset: str | None = None  # configuration of a `datasets` source
     text_column: str = "text"  # column of a `datasets` source
-    max_bytes: int | None = None  # read no more text than this
+    max_bytes: int | None = None  # stop reading once there is this much text
     seed: int = 0  # order of the pieces
 
 
@@ -127,9 +127,7 @@ def list_recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def load_config(
-    path: str | Path | None = None, *, recipe: str | None = None, overrides: Sequence[str] = ()
-) -> RunConfig:
+def load_config(path: str | Path | None = None, *, recipe: str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file or a recipe and apply overrides such as `training.learning_rate=1e-3`.
 
     Without both, the defaults of this module. Raises ValueError naming the file or key; unknown keys come with the nearest
@@ -145,9 +143,7 @@ def load_config(
         try:
             values = yaml.load(Path(path).read_text(), _Loader) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValueError(
-                f"configuration file {str(path)!r} must be readable YAML; got {str(error).splitlines()[0]}"
-            ) from error
+            raise ValueError(f"configuration file {str(path)!r} must be readable YAML; got {str(error).splitlines()[0]}") from error
     config = from_dict(values, str(path or "configuration"))
     for override in overrides:
         apply_override(config, override)
@@ -157,9 +153,7 @@ def load_config(
 def from_dict(values: Any, where: str = "configuration") -> RunConfig:
     """A RunConfig from nested dictionaries, as `RunConfig.to_dict` writes them."""
     if not isinstance(values, dict):
-        raise ValueError(
-            f"{where} must be a mapping with sections {', '.join(_section_names())}; got {type(values).__name__}"
-        )
+        raise ValueError(f"{where} must be a mapping with sections {', '.join(_section_names())}; got {type(values).__name__}")
     config = RunConfig()
     for section, content in values.items():
         _known(section, _section_names(), "section")

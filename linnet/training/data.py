@@ -87,7 +87,7 @@ def load_corpus(
         validation_fraction: share of the documents held out, in (0, 1).
         glob: which files of a folder are documents (hidden ones never are).
         subset, text_column: configuration and text column of a `datasets` source.
-        max_bytes: read documents in order until this many bytes.
+        max_bytes: read whole documents, in order, until there are this many bytes or more.
 
     Raises ValueError naming the file that is not UTF-8 text, or the source that has too few documents to split.
     """
@@ -115,16 +115,14 @@ def load_corpus(
         content = hashlib.sha256(raw).digest()
         if not raw or content in seen:
             continue
-        if max_bytes is not None and total + len(raw) > max_bytes and kept:
-            break
         seen.add(content)
         kept.append(document)
         total += len(raw)
         digest.update(document.name.encode() + b"\0" + content)
+        if max_bytes is not None and total >= max_bytes:
+            break
     if len(kept) < 2:
-        raise ValueError(
-            f"data.source {source!r} must hold at least two different non-empty documents to split; got {len(kept)}"
-        )
+        raise ValueError(f"data.source {source!r} must hold at least two different non-empty documents to split; got {len(kept)}")
     train, validation = _split(kept, validation_fraction)
     return Corpus(source, origin, digest.hexdigest(), tuple(train), tuple(validation))
 
@@ -151,9 +149,7 @@ def _read(path: Path, name: str) -> Document:
             f"data file {str(path)!r} must be UTF-8 text; got byte 0x{raw[error.start]:02x} at offset {error.start}"
         ) from error
     if "\0" in text:
-        raise ValueError(
-            f"data file {str(path)!r} must be text; got a NUL byte at offset {raw.index(0)} (a binary file?)"
-        )
+        raise ValueError(f"data file {str(path)!r} must be text; got a NUL byte at offset {raw.index(0)} (a binary file?)")
     return Document(name, text)
 
 
@@ -197,9 +193,7 @@ def _datasets(source: str, subset: str | None, text_column: str) -> tuple[str, I
     table = datasets.load_dataset(name, subset, split=split)
     if text_column not in table.column_names:
         raise ValueError(f"data.text_column must be one of {', '.join(table.column_names)}; got {text_column!r}")
-    return f"data set {name}, split {split}", (
-        Document(f"{split}/{i}", row) for i, row in enumerate(table[text_column])
-    )
+    return f"data set {name}, split {split}", (Document(f"{split}/{i}", row) for i, row in enumerate(table[text_column]))
 
 
 def take_bytes(documents: tuple[Document, ...], max_bytes: int | None) -> tuple[Document, ...]:

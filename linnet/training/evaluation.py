@@ -45,11 +45,7 @@ def evaluate_checkpoint(
     texts = [d.text for d in take_bytes(documents, max_bytes)]
     model, tokenizer = load_model(checkpoint, device)
     context = context or settings.evaluation.context or (settings.data.context if stored else 1024)
-    stride = (
-        stride
-        or (settings.evaluation.stride if context == settings.evaluation.context else None)
-        or max(1, context // 2)
-    )
+    stride = stride or (settings.evaluation.stride if context == settings.evaluation.context else None) or max(1, context // 2)
     results = bits_per_byte(
         model,
         tokenizer,

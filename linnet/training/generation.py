@@ -40,13 +40,9 @@ def stream(
     ids = encode(tokenizer, [prompt])[0].astype(np.int64)
     ids = ids if bos is None else np.concatenate([[bos], ids])
     if len(ids) == 0:
-        raise ValueError(
-            "prompt must hold at least one token with a tokenizer that has no begin-of-document token; got none"
-        )
+        raise ValueError("prompt must hold at least one token with a tokenizer that has no begin-of-document token; got none")
     sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-        if temperature > 0
-        else {"do_sample": False}
+        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature > 0 else {"do_sample": False}
     )
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []

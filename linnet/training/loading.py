@@ -14,9 +14,7 @@ def resolve(path: str | Path) -> Path:
     """The folder to load the model from: `path` if it holds a model, else the newest complete checkpoint of the run in it."""
     folder = Path(path)
     if not folder.is_dir():
-        raise ValueError(
-            f"checkpoint must be the folder of a run or of a checkpoint; got {str(path)!r}, which is no folder"
-        )
+        raise ValueError(f"checkpoint must be the folder of a run or of a checkpoint; got {str(path)!r}, which is no folder")
     if (folder / "config.json").exists():
         reason = defect(folder) if folder.name.startswith("checkpoint-") or (folder / MANIFEST).exists() else None
         if reason is not None:
@@ -25,9 +23,7 @@ def resolve(path: str | Path) -> Path:
     checkpoint, torn = newest_complete(folder)
     if checkpoint is None:
         detail = f"; {torn[0][0].name} is torn: {torn[0][1]}" if torn else ""
-        raise ValueError(
-            f"checkpoint folder {str(path)!r} must hold config.json or a complete checkpoint-N; got neither{detail}"
-        )
+        raise ValueError(f"checkpoint folder {str(path)!r} must hold config.json or a complete checkpoint-N; got neither{detail}")
     return checkpoint
 
 

@@ -12,7 +12,7 @@ STATE_LENGTHS = (1024, 65536)  # tokens seen, at which state sizes are stated
 def human_bytes(count: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} GiB"
 
@@ -51,12 +51,8 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
         (f"state bytes after {STATE_LENGTHS[-1]:,} tokens", [row["state_bytes"][key] for row in rows], "log"),
     )
     for index, (axes, (label, data, scale)) in enumerate(zip(panels, values, strict=True)):
-        bars = axes.barh(names, data)
-        axes.bar_label(
-            bars,
-            labels=[human_bytes(x) if scale == "log" else f"{x:,.3g}" if x < 100 else f"{x:,.0f}" for x in data],
-            padding=2,
-        )
+        write = human_bytes if scale == "log" else "{:,.0f}".format if max(data) >= 100 else "{:.3f}".format
+        axes.bar_label(axes.barh(names, data), labels=[write(x) for x in data], padding=2)
         axes.set(xlabel=label, xscale=scale)
         axes.margins(x=0.25)
         axes.invert_yaxis()
@@ -88,9 +84,7 @@ def summary_table(results: dict[str, Any]):
     table.add_row("held-out text", f"{results['held_out_bytes']:,} bytes, {results['held_out_documents']} documents")
     table.add_row("perplexity per token", f"{results['perplexity']:.2f}")
     table.add_row("parameters", f"{results['parameters']:,}")
-    table.add_row(
-        "trained", f"{results['tokens']:,} tokens, {results['steps']:,} steps, {results['train_seconds']:.0f} s"
-    )
+    table.add_row("trained", f"{results['tokens']:,} tokens, {results['steps']:,} steps, {results['train_seconds']:.0f} s")
     table.add_row("training speed", f"{results['tokens_per_second']:,.0f} tokens/s on {results['device']}")
     for length, size in results["state_bytes"].items():
         table.add_row(f"state after {int(length):,} tokens", human_bytes(size))

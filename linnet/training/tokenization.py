@@ -31,9 +31,7 @@ def build_tokenizer(name: str, texts: Iterable[str] = ()) -> PreTrainedTokenizer
     if name == "bpe" or name.startswith("bpe:"):
         size = name.partition(":")[2]
         if not re.fullmatch(r"\d+", size) or int(size) < 258:
-            raise ValueError(
-                f"data.tokenizer 'bpe:N' needs an integer N >= 258 (256 bytes and 2 special tokens); got {name!r}"
-            )
+            raise ValueError(f"data.tokenizer 'bpe:N' needs an integer N >= 258 (256 bytes and 2 special tokens); got {name!r}")
         return train_bpe(texts, int(size))
     return load_tokenizer(name)
 
@@ -90,15 +88,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.
     from transformers import ByT5Tokenizer
 
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
-    if isinstance(
-        tokenizer, ByT5Tokenizer
-    ):  # id = byte + 3; the library's own loop over characters is 100 times slower
+    if isinstance(tokenizer, ByT5Tokenizer):  # id = byte + 3; the library's own loop over characters is 100 times slower
         return [np.frombuffer(text.encode(), np.uint8).astype(dtype) + dtype(3) for text in texts]
-    rows = (
-        tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        if texts
-        else []
-    )
+    rows = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"] if texts else []
     return [np.asarray(row, dtype) for row in rows]
 
 

@@ -44,6 +44,7 @@ _DEFAULTS: dict[str, Any] = {
     "report_to": "none",  # TensorBoard is added with the run's own folder
     "seed": 0,
     "logging_nan_inf_filter": False,
+    "ddp_find_unused_parameters": False,
 }
 
 
@@ -107,9 +108,7 @@ class LinnetTrainer(Trainer):
         timed = self.clock.budget_s is not None
         horizon = 10_000 if timed else num_training_steps
         specific = {
-            key: max(1, round(value * horizon))
-            if key.endswith("_steps") and isinstance(value, float) and value < 1
-            else value
+            key: max(1, round(value * horizon)) if key.endswith("_steps") and isinstance(value, float) and value < 1 else value
             for key, value in (self.args.lr_scheduler_kwargs or {}).items()
         }
         self.lr_scheduler = get_scheduler(
@@ -122,22 +121,17 @@ class LinnetTrainer(Trainer):
         if timed:
             factors = getattr(self.lr_scheduler, "lr_lambdas", None)
             if factors is None:
-                raise ValueError(
-                    f"training.lr_scheduler_type must be a function of the step with budget.minutes; got {self.args.lr_scheduler_type!r}"
-                )
+                came = self.args.lr_scheduler_type
+                raise ValueError(f"training.lr_scheduler_type must be a function of the step with budget.minutes; got {came!r}")
             for group in optimizer.param_groups:  # the schedule above has already set the first rate
                 group["lr"] = group["initial_lr"]
             # Asked for the rate of the step to come: at step 0 that is the rate of a small but positive elapsed share.
-            at = lambda factor: (
-                lambda step: factor(max(1, round(horizon * self.clock.fraction(step, num_training_steps))))
-            )
+            at = lambda factor: lambda step: factor(max(1, round(horizon * self.clock.fraction(step, num_training_steps))))
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [at(factor) for factor in factors])
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in self.evaluator().items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -152,6 +146,7 @@ def train(
     text: Text | None = None,
     console: Any = None,
     quiet: bool = False,
+    report_run: bool = True,
 ) -> dict[str, Any]:
     """Train a model and return its results, as in results.json.
 
@@ -160,7 +155,8 @@ def train(
         resume: continue an interrupted run in `out` from its newest complete checkpoint, with the configuration stored there
             being equal to `config`. A finished run returns its results.
         text: tokenized text to share between runs; read from `config.data` if None.
-        console: a rich console for the progress bar and the summary. quiet: print nothing.
+        console: a rich console for the progress bar and the summary. quiet: print nothing. report_run: also print what the run
+            starts from and the summary, not only the progress.
 
     Raises:
         ValueError: `out` holds a run and `resume` is false; the stored configuration or text differ; a bad key or value.
@@ -171,6 +167,9 @@ def train(
     transformers_logging.disable_progress_bar()  # one bar is enough
     config.validate()
     out = Path(out)
+    args = _training_arguments(config, out)  # joins the process group, if there are several processes
+    if args.process_index != 0:
+        console = Console(quiet=True)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out must be a folder; got the file {str(out)!r}")
     started = (out / "run.yaml").exists()
@@ -182,7 +181,6 @@ def train(
         if (out / "results.json").exists():
             return _read_json(out / "results.json")
 
-    args = _training_arguments(config, out)
     bpe_saved = started and (out / "tokenizer_config.json").exists()
     text = text or load_text(config, load_tokenizer(out) if bpe_saved else None)
     corpus, described = text.corpus, text.corpus.describe()
@@ -193,13 +191,10 @@ def train(
     set_seed(args.seed)
     model = LinnetForCausalLM(model_config(config, text.tokenizer))
     parameters = sum(p.numel() for p in model.parameters())
-    console.print(
-        f"text: {described['origin']}, {described['train_bytes']:,} bytes to train on, {described['validation_bytes']:,} held out"
-    )
-    console.print(f"      sha256 {corpus.sha256}")
-    console.print(
-        f"model: {config.model.get('layers', LinnetConfig.layers)}, {parameters:,} parameters, on {args.device}"
-    )
+    if report_run:
+        sizes = f"{described['train_bytes']:,} bytes to train on, {described['validation_bytes']:,} held out"
+        console.print(f"text: {described['origin']}: {sizes}\n      sha256 {corpus.sha256}")
+        console.print(f"model: {model.config.layers}, {parameters:,} parameters, on {args.device}")
 
     batches_per_step = args.gradient_accumulation_steps * args.world_size
     tokens_per_step = config.data.tokens_per_batch * batches_per_step
@@ -210,9 +205,12 @@ def train(
         seed=config.data.seed,
         length=args.max_steps * batches_per_step,
     )
-    if not started:
-        _write_run(out, config, described, text.tokenizer)
-    checkpoint = _find_checkpoint(out, console) if started else None
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # every process has seen the folder as it was
+    with args.main_process_first(desc="run folder"):
+        if not started and args.process_index == 0:
+            _write_run(out, config, described, text.tokenizer)
+        checkpoint = _find_checkpoint(out, console) if started else None
 
     clock = callbacks.Clock(config.budget.minutes)
     if checkpoint is not None:
@@ -244,10 +242,10 @@ def train(
         progress.stop()
     if not trainer.is_world_process_zero():
         return {}
-    console.print("evaluating on the held-out text")
     results = _results(trainer, model, text, config, clock, tokens_per_step, parameters)
     _save_final(out, trainer, model, results, 1 / math.log(2) * text.tokens_per_byte, tokens_per_step)
-    console.print(report.summary_table(results))
+    if report_run:
+        console.print(report.summary_table(results))
     return results
 
 
@@ -272,9 +270,7 @@ def _training_arguments(config: RunConfig, out: Path) -> TrainingArguments:
         )
     except (TypeError, ValueError, ImportError) as error:
         raise ValueError(f"training: {error}") from error
-    args._n_gpu = min(
-        args.n_gpu, 1
-    )  # several GPUs of one process would be nn.DataParallel, which splits packed rows; use torchrun
+    args._n_gpu = min(args.n_gpu, 1)  # several GPUs of one process would be nn.DataParallel, which splits packed rows; use torchrun
     budget = config.budget
     if budget.minutes is not None:
         args.max_steps = _UNBOUNDED_STEPS
@@ -288,10 +284,9 @@ def _require_same(config: RunConfig, out: Path) -> None:
     stored, wanted = from_dict(yaml.safe_load((out / "run.yaml").read_text())).to_dict(), config.to_dict()
     for section, values in wanted.items():
         for key in sorted({*values, *stored[section]}):
-            if values.get(key) != stored[section].get(key):
-                raise ValueError(
-                    f"{section}.{key} must be {stored[section].get(key)!r} as in the run in {str(out)!r} to resume it; got {values.get(key)!r}"
-                )
+            before, now = stored[section].get(key), values.get(key)
+            if before != now:
+                raise ValueError(f"{section}.{key} must be {before!r} as in the run in {str(out)!r} to resume it; got {now!r}")
 
 
 def _write_run(out: Path, config: RunConfig, described: dict, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -306,9 +301,7 @@ def _find_checkpoint(out: Path, console: Any) -> Path | None:
     for path, reason in torn:
         kept = set_aside(path)
         warnings.warn(f"checkpoint {str(path)!r} is skipped: {reason}; it is kept as {kept.name!r}", stacklevel=3)
-    console.print(
-        f"resuming from {checkpoint.name}" if checkpoint else "no complete checkpoint: starting from the beginning"
-    )
+    console.print(f"resuming from {checkpoint.name}" if checkpoint else "no complete checkpoint: starting from the beginning")
     return checkpoint
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import linnet
 from linnet.mixers import Context, build_mixer, get_mixer, list_mixers, mixer_config
@@ -228,6 +231,22 @@ def test_gradients_reach_every_parameter_of_a_stack(case):
 
 
 @every_mixer
+def test_gradient_checkpointing_changes_nothing(case):
+    """A layer that runs twice finds the values of the layers below it, not those that were left since."""
+    layers, grads = [make(case, layer_index=i, num_layers=4) for i in range(4)], []
+    for checkpointed in (False, True):
+        context, y = Context(), inputs(2, 5)
+        for layer in layers:
+            layer.zero_grad()
+            step = lambda z, layer=layer, context=context: z + layer(z, context=context)[0]
+            y = checkpoint(step, y, use_reentrant=False) if checkpointed else step(y)
+        (y * inputs(2, 5, seed=2)).sum().backward()
+        grads.append([parameter.grad for layer in layers for parameter in layer.parameters()])
+    for plain, again in zip(*grads, strict=True):
+        assert torch.equal(plain, again)
+
+
+@every_mixer
 @torch.no_grad()
 def test_a_stack_decodes_as_it_prefills(case):
     layers, x = [make(case, layer_index=i, num_layers=3) for i in range(3)], inputs(2, 6)
@@ -262,8 +281,9 @@ def test_state_dict_restores_the_outputs(case):
 @every_mixer
 def test_reset_parameters_is_the_whole_initialisation(case):
     name, options = CASES[case]
-    torch.manual_seed(3)
-    fresh = build_mixer(name, D, HEADS, **SMALL.get(name, {}) | options)
+    with torch.device("meta"):
+        fresh = build_mixer(name, D, HEADS, **SMALL.get(name, {}) | options)
+    fresh.to_empty(device="cpu")
     for parameter in fresh.parameters():
         parameter.data.fill_(float("nan"))
     fresh.reset_parameters()
@@ -331,7 +351,9 @@ def test_names_without_weight_decay_exist(case):
     names = {name for layer in (0, 1) for name, _ in make(case, layer_index=layer, num_layers=2).named_parameters()}
     name, options = CASES[case]
     optional = {"bound_logit"} if options.get("lower_bound") == "fixed" else set()
-    assert set(get_mixer(name).no_weight_decay) - optional <= names
+    modules = {name.rpartition(".")[0] for name in names}
+    modules |= {module.rpartition(".")[0] for module in modules}
+    assert set(get_mixer(name).no_weight_decay) - optional <= names | modules
 
 
 @every_mixer
@@ -342,22 +364,51 @@ def test_a_state_of_another_layout_is_refused(case):
 
 BAD = {
     "attention": [
-        ({"heads": 3}, "heads"), ({"kv_heads": 3, "heads": 4}, "kv_heads"), ({"window": 0}, "window"), ({"position": "alibi"}, "position"),
-        ({"rotary_dim": 3}, "rotary_dim"), ({"head_dim": 5}, "head_dim"), ({"rope_theta": -1.0}, "rope_theta"), ({"norm_eps": 0}, "norm_eps"),
+        ({"heads": 3}, "heads"), ({"kv_heads": 3, "heads": 4}, "kv_heads"), ({"window": 0}, "window"),
+        ({"position": "alibi"}, "position"), ({"rotary_dim": 3}, "rotary_dim"), ({"head_dim": 5}, "head_dim"),
+        ({"rope_theta": -1.0}, "rope_theta"), ({"norm_eps": 0}, "norm_eps"),
     ],
-    "linear_transformer": [({"feature_map": "exp"}, "feature_map"), ({"normalizer": "floor"}, "normalizer"), ({"kv_heads": 3}, "kv_heads"), ({"expand_k": 0.3}, "expand_k")],
+    "linear_transformer": [
+        ({"feature_map": "exp"}, "feature_map"), ({"normalizer": "floor"}, "normalizer"),
+        ({"kv_heads": 3}, "kv_heads"), ({"expand_k": 0.3}, "expand_k"),
+    ],
     "retnet": [
-        ({"decay": "slow"}, "decay"), ({"decay": (-1.0,)}, "decay"), ({"decay": (0.1, -0.1)}, "decay"), ({"position": "xpos"}, "position"),
-        ({"gate": "relu"}, "gate"), ({"expand_k": 3 / 8}, "expand_k"), ({"expand_v": 0.2}, "expand_v"), ({"norm": "layer"}, "norm"),
+        ({"decay": "slow"}, "decay"), ({"decay": (-1.0,)}, "decay"), ({"decay": (0.1, -0.1)}, "decay"),
+        ({"position": "xpos"}, "position"), ({"gate": "relu"}, "gate"), ({"expand_k": 0.375}, "expand_k"),
+        ({"expand_v": 0.2}, "expand_v"), ({"norm": "layer"}, "norm"),
     ],
-    "gla": [({"expand_k": 0}, "expand_k"), ({"temperature": -1}, "temperature"), ({"decay_min": 1.0}, "decay_min"), ({"conv_size": 0}, "conv_size"), ({"gate_rank": 0}, "gate_rank")],
-    "mamba": [({"d_state": 0}, "d_state"), ({"dt_max": 1e-4}, "dt_max"), ({"dt_init": "zero"}, "dt_init"), ({"expand": 1.03}, "expand"), ({"dt_rank": -1}, "dt_rank")],
-    "mamba2": [({"groups": 3}, "groups"), ({"heads": 5}, "heads"), ({"head_dim": 7}, "head_dim"), ({"dt_limit": (1.0, 0.5)}, "dt_limit"), ({"A_range": None}, "A_range"), ({"norm_groups": 3}, "norm_groups")],
-    "hgrn": [({"lower_bound": "high"}, "lower_bound"), ({"output": "plain"}, "output"), ({"expand": -1}, "expand"), ({"conv_size": 2.5}, "conv_size")],
-    "deltanet": [({"qk_norm": "rms"}, "qk_norm"), ({"qk_norm": "sum"}, "feature_map"), ({"expand_v": 0.3}, "expand_v"), ({"heads": 3}, "expand_k")],
-    "gated_deltanet": [({"value_heads": 3}, "value_heads"), ({"head_dim": 0}, "head_dim"), ({"expand_v": 1.3}, "expand_v"), ({"A_range": (2, 1)}, "A_range")],
-    "kda": [({"decay_gate": "exp"}, "decay_gate"), ({"decay_min": 0.0}, "decay_min"), ({"gate": "relu"}, "gate"), ({"value_heads": 3}, "value_heads"), ({"heads": 3}, "heads")],
-    "rwkv7": [({"heads": 3}, "heads"), ({"head_dim": 4}, "head_dim"), ({"gate_rank": 0}, "gate_rank"), ({"value_residual": 1}, "value_residual")],
+    "gla": [
+        ({"expand_k": 0}, "expand_k"), ({"temperature": -1}, "temperature"), ({"decay_min": 1.0}, "decay_min"),
+        ({"conv_size": 0}, "conv_size"), ({"gate_rank": 0}, "gate_rank"),
+    ],
+    "mamba": [
+        ({"d_state": 0}, "d_state"), ({"dt_max": 0.0001}, "dt_max"), ({"dt_init": "zero"}, "dt_init"),
+        ({"expand": 1.03}, "expand"), ({"dt_rank": -1}, "dt_rank"),
+    ],
+    "mamba2": [
+        ({"groups": 3}, "groups"), ({"heads": 5}, "heads"), ({"head_dim": 7}, "head_dim"),
+        ({"dt_limit": (1.0, 0.5)}, "dt_limit"), ({"A_range": None}, "A_range"), ({"norm_groups": 3}, "norm_groups"),
+    ],
+    "hgrn": [
+        ({"lower_bound": "high"}, "lower_bound"), ({"output": "plain"}, "output"), ({"expand": -1}, "expand"),
+        ({"conv_size": 2.5}, "conv_size"),
+    ],
+    "deltanet": [
+        ({"qk_norm": "rms"}, "qk_norm"), ({"qk_norm": "sum"}, "feature_map"), ({"expand_v": 0.3}, "expand_v"),
+        ({"heads": 3}, "expand_k"),
+    ],
+    "gated_deltanet": [
+        ({"value_heads": 3}, "value_heads"), ({"head_dim": 0}, "head_dim"), ({"expand_v": 1.3}, "expand_v"),
+        ({"A_range": (2, 1)}, "A_range"),
+    ],
+    "kda": [
+        ({"decay_gate": "exp"}, "decay_gate"), ({"decay_min": 0.0}, "decay_min"), ({"gate": "relu"}, "gate"),
+        ({"value_heads": 3}, "value_heads"), ({"heads": 3}, "heads"),
+    ],
+    "rwkv7": [
+        ({"heads": 3}, "heads"), ({"head_dim": 4}, "head_dim"), ({"gate_rank": 0}, "gate_rank"),
+        ({"value_residual": 1}, "value_residual"),
+    ],
 }  # fmt: skip
 
 
@@ -374,6 +425,13 @@ def test_bad_sizes_and_unknown_options_are_refused(name):
         mixer_config(name, 0, HEADS)
     with pytest.raises(ValueError, match="option must be one of .*; got 'colour'"):
         mixer_config(name, D, HEADS, colour=1)
+
+
+@every_mixer
+def test_configs_survive_json(case):
+    name, options = CASES[case]
+    config = mixer_config(name, D, HEADS, **options)
+    assert type(config)(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 @pytest.mark.parametrize("name", list_mixers())

@@ -46,7 +46,9 @@ def linear(source: dict[str, Tensor], target: str, name: str) -> dict[str, Tenso
 
 def conv(source: dict[str, Tensor]) -> dict[str, Tensor]:
     """Conv1d [C, 1, W] -> [C, W]."""
-    return {key.replace("conv1d", "conv"): x.squeeze(1) if x.ndim == 3 else x for key, x in source.items() if key.startswith("conv1d")}
+    return {
+        key.replace("conv1d", "conv"): x.squeeze(1) if x.ndim == 3 else x for key, x in source.items() if key.startswith("conv1d")
+    }
 
 
 def check(theirs, mixer: nn.Module, weights: dict[str, Tensor], tolerance: float = 1e-4) -> None:
@@ -126,9 +128,7 @@ def test_qwen3_next_gated_deltanet(value_heads):
         "qwen3_next", "Qwen3NextGatedDeltaNet", "Qwen3NextConfig", hidden_size=D, linear_num_key_heads=2, num_hidden_layers=4,
         linear_num_value_heads=value_heads, linear_key_head_dim=8, linear_value_head_dim=12,
     )  # fmt: skip
-    mixer = build_mixer(
-        "gated_deltanet", D, 2, value_heads=value_heads, head_dim=8, value_dim=12, norm_eps=settings.rms_norm_eps
-    )
+    mixer = build_mixer("gated_deltanet", D, 2, value_heads=value_heads, head_dim=8, value_dim=12, norm_eps=settings.rms_norm_eps)
     check(layer, mixer, qwen3_next_weights(layer.state_dict(), 2, value_heads, 8, 12))
 
 
@@ -147,7 +147,8 @@ def kimi_linear_weights(source: dict[str, Tensor], heads: int) -> dict[str, Tens
 def test_kimi_linear_delta_attention():
     layer, settings, _ = layer_of(
         "kimi_linear", "KimiLinearDeltaAttention", "KimiLinearConfig", hidden_size=D, linear_num_heads=4, linear_head_dim=8,
-        num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], pad_token_id=0, bos_token_id=0, eos_token_id=0, vocab_size=8,
+        num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], pad_token_id=0,
+        bos_token_id=0, eos_token_id=0, vocab_size=8,
     )  # fmt: skip
     mixer = build_mixer("kda", D, 4, gate_bias=False, norm_eps=settings.rms_norm_eps)
     check(layer, mixer, kimi_linear_weights(layer.state_dict(), 4))
@@ -168,7 +169,8 @@ def bailing_hybrid_weights(source: dict[str, Tensor], heads: int) -> dict[str, T
 def test_bailing_hybrid_delta_attention(safe):
     layer, settings, _ = layer_of(
         "bailing_hybrid", "BailingHybridDeltaAttention", "BailingHybridConfig", hidden_size=D, linear_num_heads=4,
-        linear_head_dim=8, num_hidden_layers=2, kda_safe_gate=safe, kda_lower_bound=-5.0, vocab_size=8, pad_token_id=0, eos_token_id=0,
+        linear_head_dim=8, num_hidden_layers=2, kda_safe_gate=safe, kda_lower_bound=-5.0, vocab_size=8,
+        pad_token_id=0, eos_token_id=0,
     )  # fmt: skip
     mixer = build_mixer(
         "kda", D, 4, decay_gate="safe" if safe else "softplus", decay_min=-5.0, gate_rank=0, gate_bias=False,
@@ -226,7 +228,12 @@ def qwen3_next_attention_weights(source: dict[str, Tensor], heads: int) -> dict[
         ("llama", "Llama", {"attention_bias": True}, {"bias": True}),
         ("qwen2", "Qwen2", {}, {"bias": True, "out_bias": False}),
         ("qwen3", "Qwen3", {}, {"qk_norm": True}),
-        ("qwen3", "Qwen3", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}, {"qk_norm": True, "window": 7}),
+        (
+            "qwen3",
+            "Qwen3",
+            {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},
+            {"qk_norm": True, "window": 7},
+        ),
         ("qwen3_next", "Qwen3Next", {"partial_rotary_factor": 0.25}, {"qk_norm": True, "gate": True, "rotary_dim": 2}),
     ],
     ids=["llama", "llama-bias", "qwen2", "qwen3", "qwen3-window", "qwen3_next"],

@@ -14,9 +14,7 @@ VOCAB = 61
 def make_model():
     """`make_model("gla + attention", dtype=torch.float64, tie_embeddings=False)` -> a model in eval mode, seeded."""
 
-    def make(
-        layers: str = "gla + attention", dtype: torch.dtype = torch.float32, seed: int = 0, **options
-    ) -> LinnetForCausalLM:
+    def make(layers: str = "gla + attention", dtype: torch.dtype = torch.float32, seed: int = 0, **options) -> LinnetForCausalLM:
         options = {"vocab_size": VOCAB, "d_model": 16, "heads": 2, "d_ff": 24, "initializer_range": 0.2, **options}
         torch.manual_seed(seed)
         model = LinnetForCausalLM(LinnetConfig(layers=layers, **options))

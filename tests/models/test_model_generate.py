@@ -50,7 +50,8 @@ def test_left_padded_batch_is_its_rows(model, batch):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "top_k": 20}, {"do_sample": True, "num_beams": 2}],
+    [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "top_k": 20},
+     {"do_sample": True, "num_beams": 2}],
     ids=["greedy", "beams", "beams_many", "sample", "beam_sample"],
 )  # fmt: skip
 def test_with_and_without_state(model, batch, options):
@@ -68,9 +69,7 @@ def test_beam_search_reorders_the_state(model, batch, monkeypatch):
     ids, mask = batch
     moved = []
     reorder = LinnetCache.reorder_cache
-    monkeypatch.setattr(
-        LinnetCache, "reorder_cache", lambda self, index: (moved.append(index.tolist()), reorder(self, index))[1]
-    )
+    monkeypatch.setattr(LinnetCache, "reorder_cache", lambda self, index: (moved.append(index.tolist()), reorder(self, index))[1])
     right = model.generate(ids, attention_mask=mask, **GREEDY, num_beams=3)
     assert any(index != list(range(9)) for index in moved)
     monkeypatch.setattr(LinnetCache, "reorder_cache", lambda self, index: None)
@@ -118,9 +117,7 @@ def test_packed_prefill_then_rows(model, tokens):
     assert cache.batch_size == 3 and cache.tokens_N.tolist() == [5, 2, 7]
     following = tokens(3, 2, seed=9)
     got = model(following, past_key_values=cache).logits
-    want = torch.cat(
-        [model(torch.cat((d, f[None]), 1)).logits[:, -2:] for d, f in zip(documents, following, strict=True)]
-    )
+    want = torch.cat([model(torch.cat((d, f[None]), 1)).logits[:, -2:] for d, f in zip(documents, following, strict=True)])
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
@@ -134,9 +131,7 @@ def test_cache_rows_can_be_chosen_repeated_copied_reset(model, batch):
     for method in ("reorder_cache", "batch_select_indices"):
         other = copy.deepcopy(cache)
         getattr(other, method)(index)
-        torch.testing.assert_close(
-            model(step[index], past_key_values=other).logits, want[index], rtol=1e-10, atol=1e-10
-        )
+        torch.testing.assert_close(model(step[index], past_key_values=other).logits, want[index], rtol=1e-10, atol=1e-10)
     other = copy.deepcopy(cache)
     other.batch_repeat_interleave(2)
     assert other.batch_size == 6

@@ -112,7 +112,7 @@ def test_targets_do_not_cross_documents_or_padding():
 
 def test_bad_arguments_are_refused():
     x, w, y = problem(6, 4, 9, torch.float32, 0)
-    with pytest.raises(ValueError, match=r"targets must have the shape \(6,\) .* got \(5,\)"):
+    with pytest.raises(ValueError, match=r"targets must have the shape \(6,\) of .* got \(5,\)"):
         linear_cross_entropy(x, w, y[:5])
     with pytest.raises(ValueError, match=r"chunk_tokens must be >= 1 or None; got 0"):
         linear_cross_entropy(x, w, y, chunk_tokens=0)

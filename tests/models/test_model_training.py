@@ -58,7 +58,8 @@ def test_trainer_steps(make_model, tokens, tmp_path, accumulation):
     expected = model(x, labels=labels).loss
     arguments = TrainingArguments(
         tmp_path, max_steps=1, per_device_train_batch_size=2 // accumulation, gradient_accumulation_steps=accumulation,
-        learning_rate=0.1, max_grad_norm=0.0, optim="sgd", lr_scheduler_type="constant", report_to=[], use_cpu=True, save_strategy="no",
+        learning_rate=0.1, max_grad_norm=0.0, optim="sgd", lr_scheduler_type="constant", report_to=[], use_cpu=True,
+        save_strategy="no",
         eval_strategy="steps", eval_steps=1, disable_tqdm=True, gradient_checkpointing=accumulation == 2,
     )  # fmt: skip
     before = model.lm_head.weight.detach().clone()
@@ -69,3 +70,16 @@ def test_trainer_steps(make_model, tokens, tmp_path, accumulation):
     torch.testing.assert_close(model.lm_head.weight.detach(), before - 0.1 * gradient, rtol=1e-4, atol=1e-6)
     (evaluated,) = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert evaluated < expected.item()
+
+
+def test_lora_trains_and_generates(make_model, tokens):
+    peft = pytest.importorskip("peft")
+    x = tokens(2, 6)
+    model = make_model("gla + attention")
+    before = model(x).logits
+    lora = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "up_proj"]))
+    torch.testing.assert_close(lora(input_ids=x).logits, before)
+    lora(input_ids=x, labels=x).loss.backward()
+    trained = {n for n, p in lora.named_parameters() if p.grad is not None}
+    assert trained and all("lora_" in n for n in trained)
+    assert lora.generate(input_ids=x, max_new_tokens=3, do_sample=False).shape == (2, 9)

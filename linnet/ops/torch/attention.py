@@ -33,9 +33,7 @@ def _attend(q_BHTK, k_BHSK, v_BHSV, mask, causal: bool, scale: float, want_lse: 
         v_BHSV = F.pad(v_BHSV, (0, key_size - value_size))
     elif value_size > key_size:
         q_BHTK, k_BHSK = (F.pad(x, (0, value_size - key_size)) for x in (q_BHTK, k_BHSK))
-    o = F.scaled_dot_product_attention(
-        q_BHTK, k_BHSK, v_BHSV, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
+    o = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSV, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     return o[..., :value_size], None
 
 

@@ -79,4 +79,4 @@ def token_shift(x_BTD, initial_state, return_state, cu_seqlens):
     if not return_state:
         return y, None
     x = x_BTD.to(accumulate_dtype(x_BTD))
-    return y, (last_of_segment(x, cu_seqlens, x0).clone(),)
+    return y, (last_of_segment(x, cu_seqlens, x0),)

@@ -78,7 +78,7 @@ def segment_of_token(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 def last_of_segment(x: Tensor, cu_seqlens: Tensor | None, initial: Tensor | None, fill: float = 0.0) -> Tensor:
     """The last token of x [B, T, ...] of every row or segment [N, ...]; `initial` or `fill` where a segment is empty."""
     if cu_seqlens is None:
-        return x[:, -1]
+        return x[:, -1].clone()  # a view would keep the whole sequence in memory
     last = x[0][(cu_seqlens[1:].long() - 1).clamp(min=0)]
     empty = (cu_seqlens.diff() == 0).view(-1, *[1] * (x.ndim - 2))
     return torch.where(empty, torch.full_like(last, fill) if initial is None else initial.to(last.dtype), last)
@@ -125,15 +125,14 @@ def scan_backward_op(
         first = first.view(1, -1, *[1] * (len(shape) - 2))
         following[:, :-1].masked_fill_(first[:, 1:], 0)
     G = linear_scan(following.reshape(*shape[:2], -1), dh.reshape(*shape[:2], -1), reverse=True).view(shape)
-    previous = torch.cat([torch.zeros_like(h[:, :1]) if start is None else start[:1].unsqueeze(1).expand_as(h[:, :1]), h[:, :-1]], 1)
-    dh0 = h.new_empty(0)
+    entry = torch.zeros_like(h[:, :1]) if start is None or cu_seqlens is not None else start.unsqueeze(1)
+    previous, dh0 = torch.cat([entry, h[:, :-1]], 1), h.new_empty(0)
     if cu_seqlens is not None:
         previous = torch.where(first, 0 if start is None else start[segment][None], previous)
         if start is not None:
             entering = torch.where(first, factor * G, 0)[0]
             dh0 = torch.zeros_like(start).index_add_(0, segment, entering)
     elif start is not None:
-        previous = torch.cat([start.unsqueeze(1), h[:, :-1]], 1)
         dh0 = factor[:, 0] * G[:, 0]
     da = G * previous.conj()
     if log:
@@ -218,9 +217,7 @@ def _weight(x: Tensor, y: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("linnet::cumulative_logsumexp_backward", mutates_args=())
-def logsumexp_backward_op(
-    dy: Tensor, y: Tensor, x: Tensor, y0: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def logsumexp_backward_op(dy: Tensor, y: Tensor, x: Tensor, y0: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gradients of x and y0: c_t = dy_t + e^{y_t - y_{t+1}} c_{t+1}, dx_t = e^{x_t - y_t} c_t, dy_0 = e^{y_0 - y_1} c_1."""
     dtype, shape = y.dtype, y.shape
     factor = torch.cat([_weight(y[:, :-1], y[:, 1:]), torch.zeros_like(y[:, :1])], 1)

@@ -18,6 +18,7 @@ Packed segments: where a segment begins, the state that comes in is replaced by 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import torch
@@ -59,8 +60,8 @@ class _Events:
 
 
 def _events(pairs: list[tuple[int, int]], start: int, end: int, steps: int, device: torch.device) -> _Events | None:
-    """The (token, segment) pairs inside [start, end), a chunk of blocks of `steps` tokens."""
-    inside = [(t - start, segment) for t, segment in pairs if start <= t < end]
+    """Of the sorted (token, segment) pairs those inside [start, end), a chunk of blocks of `steps` tokens."""
+    inside = [(t - start, segment) for t, segment in pairs[bisect_left(pairs, (start,)) : bisect_left(pairs, (end,))]]
     if not inside:
         return None
 
@@ -71,9 +72,7 @@ def _events(pairs: list[tuple[int, int]], start: int, end: int, steps: int, devi
     for j in {t % steps for t, _ in inside}:
         here = [i for i, (t, _) in enumerate(inside) if t % steps == j]
         at[j] = index([inside[i][0] // steps for i in here]), index(here)
-    return _Events(
-        index([t for t, _ in inside]), index([s for _, s in inside]), index(sorted({t // steps for t, _ in inside})), at
-    )
+    return _Events(index([t for t, _ in inside]), index([s for _, s in inside]), index(sorted({t // steps for t, _ in inside})), at)
 
 
 # ---- one chunk -------------------------------------------------------------------------------------------------------
@@ -86,17 +85,18 @@ def _sweep(factor, total, left, right, carry, out, events, *, backward: bool) ->
     left [R, n, L, 1, D]; right [R, n, L, N, 1]; carry [R, N, D]. At an event its value replaces factor_j h_previous.
     """
     blocks, steps = factor.shape[1], factor.shape[2]
+    factors, lefts, rights, outs = (p.unbind(2) for p in (factor, left, right, out))
     order = range(steps - 1, -1, -1) if backward else range(steps)
 
     def advance(out, previous, j):
-        torch.mul(factor[:, :, j], previous, out=out)
+        torch.mul(factors[j], previous, out=out)
         if events is not None and j in events.at:
             where, which = events.at[j]
             if events.values is None:
                 out.index_fill_(1, where, 0)
             else:
                 out.index_copy_(1, where, events.values[:, which])
-        return out.addcmul_(left[:, :, j], right[:, :, j])
+        return out.addcmul_(lefts[j], rights[j])
 
     starts = carry.unsqueeze(1)
     if blocks > 1:
@@ -107,12 +107,13 @@ def _sweep(factor, total, left, right, carry, out, events, *, backward: bool) ->
         for j in order:
             advance(local, local, j)
         starts = torch.empty_like(passed)
-        for b in range(blocks - 1, -1, -1) if backward else range(blocks):
-            starts[:, b] = carry
-            carry = torch.addcmul(local[:, b], passed[:, b], carry)
+        blocks_in_order = list(zip(starts.unbind(1), passed.unbind(1), local.unbind(1), strict=True))[:: -1 if backward else 1]
+        blocks_in_order[0][0].copy_(carry)
+        for (start, decay, gained), (following, _, _) in zip(blocks_in_order, blocks_in_order[1:], strict=False):
+            torch.addcmul(gained, decay, start, out=following)
     previous = starts
     for j in order:
-        previous = advance(out[:, :, j], previous, j)
+        previous = advance(outs[j], previous, j)
     return previous[:, 0 if backward else -1]
 
 
@@ -174,9 +175,7 @@ def _states(chunk: _Chunk, a: Tensor, u: Tensor, B: Tensor, carry: Tensor, state
     if events is not None and state is not None:
         events.values = a[:, events.tokens] * state[:, events.segments]
     left, right = chunk.outer(u, B)
-    last = _sweep(
-        chunk.blocked(a), chunk.total(), left, right, carry, chunk.blocked(out), events, backward=False
-    )
+    last = _sweep(chunk.blocked(a), chunk.total(), left, right, carry, chunk.blocked(out), events, backward=False)
     return last, events
 
 
@@ -197,9 +196,7 @@ class _Layout:
     @staticmethod
     def of(delta: Tensor, B: Tensor, cu: Tensor | None) -> _Layout:
         groups = B.shape[2]
-        return _Layout(
-            groups, delta.shape[0] * groups, delta.shape[2] // groups, B.shape[3], delta.shape[1], cu is not None
-        )
+        return _Layout(groups, delta.shape[0] * groups, delta.shape[2] // groups, B.shape[3], delta.shape[1], cu is not None)
 
     def tile(self) -> tuple[int, int]:
         """Rows and channels worked on at a time: 64 tokens of them fit the budget."""
@@ -412,6 +409,16 @@ selective_scan_op.register_autograd(_backward, setup_context=_setup)
 refuse_double_backward(selective_scan_backward_op)
 
 
+def _one_token(delta, x, A, B, C, h0):
+    """The recurrence itself for T = 1, in the layout of the state; operands as those of the operator."""
+    per_channel = x.shape[2] // B.shape[2]
+    B, C = (p[:, 0].repeat_interleave(per_channel, dim=1) if p.shape[2] > 1 else p[:, 0] for p in (B, C))  # [B, D | 1, N]
+    h = (delta[:, 0] * x[:, 0]).unsqueeze(2) * B
+    if h0 is not None:
+        h = torch.addcmul(h, torch.exp2(delta[:, 0].unsqueeze(2) * (A * LOG2_E)), h0)
+    return (h * C).sum(2).unsqueeze(1), h
+
+
 @implements("selective_scan", "torch")
 def selective_scan(x_BTD, delta_BTD, A_DN, B_BTN, C_BTN, D_D, z_BTD, initial_state, return_state, cu_seqlens):
     dtype = accumulate_dtype(x_BTD, delta_BTD, A_DN)
@@ -420,8 +427,11 @@ def selective_scan(x_BTD, delta_BTD, A_DN, B_BTN, C_BTN, D_D, z_BTD, initial_sta
     groups = math.lcm(B.shape[2], C.shape[2])
     B, C = expand_heads(B, groups), expand_heads(C, groups)
     h0 = initial_state[0].to(dtype) if initial_state is not None else None
-    keep = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, delta, A, B, C, h0))
-    y, final, _ = selective_scan_op(delta, x, A, B, C, h0, cu_seqlens, return_state, keep)
+    if x.shape[1] == 1 and cu_seqlens is None:
+        y, final = _one_token(delta, x, A, B, C, h0)
+    else:
+        keep = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, delta, A, B, C, h0))
+        y, final, _ = selective_scan_op(delta, x, A, B, C, h0, cu_seqlens, return_state, keep)
     if D_D is not None:
         y = torch.addcmul(y, x, D_D.to(dtype))
     if z_BTD is not None:

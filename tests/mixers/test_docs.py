@@ -1,0 +1,74 @@
+"""The documentation of the mixers says what the code does."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from linnet.mixers import _registry, build_mixer, get_mixer, list_mixers
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.mark.parametrize("name", list_mixers())
+def test_the_page_of_a_mixer_lists_its_options_and_defaults(name):
+    page = (DOCS / "mixers" / f"{name}.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", page, re.M))
+    options = {f.name: f.default for f in dataclasses.fields(get_mixer(name).Config) if f.name != "d_model"}
+    assert rows == {key: f'"{value}"' if isinstance(value, str) else str(value) for key, value in options.items()}
+    for heading in ("## Recurrence", "**Operator.**", "**Paper.**", "**State.**", "**Cost.**", "## What differs"):
+        assert heading in page
+    assert f"]({name}.md)" in (DOCS / "mixers" / "index.md").read_text()
+
+
+STATE_NUMBERS = {  # per row at d = 512 with 4 heads, as the pages say
+    "linear_transformer": 512**2 // 4 + 512,
+    "retnet": 2 * 512**2 // 4 + 1,
+    "gla": 512**2 // 8,
+    "mamba": 38 * 512,
+    "mamba2": 2 * 512 * 128 + 3 * (2 * 512 + 2 * 128),
+    "hgrn": 512,
+    "deltanet": 512**2 // 4 + 9 * 512,
+    "gated_deltanet": 9 * 512**2 // 8 // 4 + 9 * 512,
+    "kda": 512**2 // 4 + 9 * 512,
+    "rwkv7": 512 + 512 * 128,
+}
+
+
+@pytest.mark.parametrize("name", STATE_NUMBERS)
+def test_the_state_sizes_in_the_pages(name):
+    shapes = build_mixer(name, 512, 4).state_spec().shapes
+    assert sum(torch.Size(shape).numel() for shape in shapes) == STATE_NUMBERS[name]
+
+
+def test_the_example_of_add_a_mixer_runs(tmp_path, monkeypatch):
+    page = (DOCS / "add_a_mixer.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    code = blocks[0]
+    assert len(code.splitlines()) <= 70 and "@register_mixer" in code
+    (tmp_path / "write_gate_example.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        scope = vars(importlib.import_module("write_gate_example"))
+        for block in blocks[1:]:
+            exec(compile(block, "add_a_mixer.md", "exec"), scope)
+        assert "write_gate" in list_mixers()
+        mixer = build_mixer("write_gate", 16, 2).double()
+        x = torch.randn(1, 9, 16, dtype=torch.float64)
+        context = scope["Context"](return_state=True)
+        whole, state = mixer(x, context=context)
+        first, state = mixer(x[:, :4], context=context)
+        rest, state = mixer(x[:, 4:], state, context=context)
+        torch.testing.assert_close(torch.cat((first, rest), 1), whole, rtol=1e-10, atol=1e-10)
+        assert [tuple(part.shape[1:]) for part in state] == list(mixer.state_spec().shapes)
+        with pytest.raises(ValueError, match="write_gate: option 'heads'"):
+            build_mixer("write_gate", 16, 3)
+    finally:
+        _registry._registry.pop("write_gate", None)
+        sys.modules.pop("write_gate_example", None)
