@@ -145,7 +145,7 @@ def test_sigkill_and_resume_gives_the_losses_of_an_uninterrupted_run(tiny, tmp_p
 def test_two_processes_train_like_two_accumulated_batches(tiny, tmp_path):
     config = tiny("budget.steps=3", "model.layers=retnet")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.to_dict()))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "linnet.cli"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "linnet.cli"]
     command = [*launch, "train", "--config", tmp_path / "run.yaml", "--threads", "1", "--out", tmp_path / "two"]
     child = subprocess.run([*map(str, command)], capture_output=True)
     assert child.returncode == 0, child.stderr.decode()
