@@ -69,10 +69,13 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _mixers() -> dict[str, str]:
-    """Name -> first line of the class's docstring."""
+    """Name -> first line of the docstring of the mixer's file, which says what it is."""
+    import sys
+
     from linnet.mixers import get_mixer, list_mixers
 
-    return {name: (get_mixer(name).__doc__ or "").strip().partition("\n")[0] for name in list_mixers()}
+    documented = {name: sys.modules[get_mixer(name).__module__].__doc__ or "" for name in list_mixers()}
+    return {name: text.strip().partition("\n")[0] for name, text in documented.items()}
 
 
 class _Recorded(Exception):
@@ -95,9 +98,7 @@ def _typical_arguments(device: Any) -> dict[str, dict[str, Any]]:
         "delta_rule": lambda: ops.delta_rule(q_BTHK, q_BTHK, v_BTHV, erase=x(B, T, H), log_decay=g_BTH),
         "dplr": lambda: ops.dplr(q_BTHK, q_BTHK, v_BTHV, q_BTHK, q_BTHK, g_BTHK),
         "scan": lambda: ops.scan(x(B, T, D), log_a=x(B, T, D, dtype=torch.float32)),
-        "selective_scan": lambda: ops.selective_scan(
-            x(B, T, D), x(B, T, D), x(D, N, dtype=torch.float32), x(B, T, N), x(B, T, N)
-        ),
+        "selective_scan": lambda: ops.selective_scan(x(B, T, D), x(B, T, D), x(D, N, dtype=torch.float32), x(B, T, N), x(B, T, N)),
         "short_conv": lambda: ops.short_conv(x(B, T, D), x(D, W)),
         "token_shift": lambda: ops.token_shift(x(B, T, D)),
         "cumulative_logsumexp": lambda: ops.cumulative_logsumexp(x(B, T, D)),
@@ -125,16 +126,12 @@ def _operators() -> dict[str, dict[str, Any]]:
 
     with contextlib.suppress(ImportError):  # its operators register themselves where Triton is installed
         importlib.import_module("linnet.ops.triton")
-    result: dict[str, dict[str, Any]] = {
-        op: {"runs": {}, "backends": {b: {} for b in BACKENDS}} for op in ops.operators()
-    }
+    result: dict[str, dict[str, Any]] = {op: {"runs": {}, "backends": {b: {} for b in BACKENDS}} for op in ops.operators()}
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         arguments = _typical_arguments(device)
         for op, entry in result.items():
             known = arguments.get(op)
-            entry["runs"][device] = (
-                ops.choose(op, known) if known is not None else (ops.backends_of(op) or ["reference"])[0]
-            )
+            entry["runs"][device] = ops.choose(op, known) if known is not None else (ops.backends_of(op) or ["reference"])[0]
             for backend in BACKENDS:
                 if backend not in ops.backends_of(op):
                     entry["backends"][backend][device] = "not implemented in this installation"

@@ -53,7 +53,7 @@ Source = Annotated[str | None, typer.Option("--data", help="stdlib, a text file 
 Tokenizer = Annotated[str | None, typer.Option("--tokenizer", help="bytes, bpe:N, or a Hugging Face tokenizer")]
 Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads [default: all cores]")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ... [default: the GPU if there is one]")]
-Checkpoint = Annotated[str, typer.Argument(help="folder of a run or checkpoint, or a Hugging Face model", show_default=False)]
+Checkpoint = Annotated[str, typer.Argument(help="folder of a run or checkpoint, or hf:NAME", show_default=False)]
 
 
 def _set_threads(threads: int | None) -> None:

@@ -140,7 +140,8 @@ def bench_decode(contexts: list[int], H: int, K: int) -> dict[str, dict[int, dic
     with torch.no_grad():
         for T in contexts:
             past = operands(T, H, K)
-            _, state = ops.delta_rule(past["q"], past["k"], past["v"], erase=past["beta"], log_decay=past["scalar"], return_state=True)
+            gates = {"erase": past["beta"], "log_decay": past["scalar"]}
+            _, state = ops.delta_rule(past["q"], past["k"], past["v"], **gates, return_state=True)
             step = lambda s=state: ops.delta_rule(
                 x["q"], x["k"], x["v"], erase=x["beta"], log_decay=x["scalar"], initial_state=s, return_state=True
             )
@@ -148,7 +149,8 @@ def bench_decode(contexts: list[int], H: int, K: int) -> dict[str, dict[int, dic
             _, cache = ops.softmax_attention(past["q"][:, :1], past["k"][:, :1], past["v"][:, :1], return_state=True)
             cache = (past["k"], past["v"], torch.full_like(cache[2], T))
             attend = lambda c=cache: ops.softmax_attention(x["q"], x["k"], x["v"], initial_state=c, return_state=True)
-            rows["softmax (SDPA)"][T] = {"ms": milliseconds(attend, most=50, budget=1.0), "state_bytes": sum(c.nbytes for c in cache)}
+            size = sum(c.nbytes for c in cache)
+            rows["softmax (SDPA)"][T] = {"ms": milliseconds(attend, most=50, budget=1.0), "state_bytes": size}
     return rows
 
 
@@ -215,7 +217,8 @@ def tables(report: dict) -> list:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="linnet bench cpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="linnet bench cpu", description=__doc__, formatter_class=raw)
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: all)")
     parser.add_argument("--quick", action="store_true", help="small sizes, for a look")
     parser.add_argument("--out", type=Path, default=None, help="folder for results.json and operators.png (must not hold results)")

@@ -89,8 +89,8 @@ def last_of_rows(x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None) -
 
 
 def linear_attention(
-    core: Callable, q, k, v, log_decay, log_gain, bonus, read, normalizer, normalizer_eps, return_normalizer, steps_per_token, scale, log_decay_min,
-    initial_state, return_state, cu_seqlens, **tuning,
+    core: Callable, q, k, v, log_decay, log_gain, bonus, read, normalizer, normalizer_eps, return_normalizer, steps_per_token,
+    scale, log_decay_min, initial_state, return_state, cu_seqlens, **tuning,
 ):  # fmt: skip
     B, T = q.shape[:2]
     n, before, out_dtype = steps_per_token, read == "before", v.dtype
@@ -157,8 +157,8 @@ def linear_attention(
 
 
 def delta_rule(
-    core: Callable, q, k, v, erase, write, write_key, log_decay, erase_read, read, steps_per_token, scale, log_decay_min, initial_state, return_state,
-    cu_seqlens, **tuning,
+    core: Callable, q, k, v, erase, write, write_key, log_decay, erase_read, read, steps_per_token, scale, log_decay_min,
+    initial_state, return_state, cu_seqlens, **tuning,
 ):  # fmt: skip
     n, exclusive, before_decay, out_dtype = steps_per_token, read == "before", erase_read == "before_decay", v.dtype
     dtype = accumulate_dtype(q, log_decay, erase, write)

@@ -58,8 +58,8 @@ class Segment:
         m = torch.maximum(m_in + self.transition.amax(-1).log(), m_own)
         safe = m.masked_fill(m == -torch.inf, 0.0)
         weigh = lambda x, f: x * f.reshape(f.shape + (1,) * (x.ndim - f.ndim))
-        moved = [weigh(self._move(x), (m_in - safe).exp()) + weigh(z, (m_own - safe).exp()) for x, z in zip(values, own, strict=True)]
-        return (*moved, m)
+        f_in, f_own = (m_in - safe).exp(), (m_own - safe).exp()
+        return (*(weigh(self._move(x), f_in) + weigh(z, f_own) for x, z in zip(values, own, strict=True)), m)
 
     def then(self, later: Segment) -> Segment:
         """This segment followed by `later`, as one segment."""
@@ -108,7 +108,7 @@ def summarize(op: str, *operands: Tensor, **options) -> Segment:
             probe["write"] = torch.zeros_like(probe["erase"][..., 0] if probe["erase"].ndim == 4 else probe["erase"])
     probe["initial_state"] = (start.contiguous(),)
     M = expand_heads(_PUBLIC[op](**probe)[1][0], heads, 1)
-    return Segment(op, M if matrix else M[..., 0], offset, stabilised=op == "linear_attention" and arguments["log_gain"] is not None)
+    return Segment(op, M if matrix else M[..., 0], offset, stabilised=not matrix and arguments["log_gain"] is not None)
 
 
 def summarize_grad(op: str, do: Tensor, *operands: Tensor, **options) -> tuple[Tensor, ...]:

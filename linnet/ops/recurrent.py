@@ -160,7 +160,8 @@ def delta_rule(
     Returns:
         (o [B, T, H, V], state), state None unless `return_state`.
 
-    The recurrence contracts for erase * |k|^2 <= 2 (scalar) or erase in [0, 1] (channel-wise, |k| = 1); outside that it diverges by itself.
+    The recurrence does not grow for erase * |k|^2 <= 2 (scalar) or erase in [0, 1] (channel-wise, |k| = 1); outside that it
+    diverges by itself.
 
     Sources: DeltaNet, Yang et al. 2024 (arXiv 2406.06484); Gated DeltaNet (2412.06464); KDA (2510.26692); Gated DeltaNet-2
     (2605.22791); Comba (2506.02475); DeltaProduct (2502.10297).

@@ -28,7 +28,7 @@ def resolve(path: str | Path) -> Path:
 
 
 def load_model(path: str | Path, device: Any = None) -> tuple[Any, Any]:
-    """(model in evaluation mode, tokenizer) of a run, a checkpoint, or the name of a Hugging Face model.
+    """(model in evaluation mode, tokenizer) of a run, a checkpoint, or `hf:NAME`, a model of the Hugging Face hub.
 
     `device`: None means the GPU if there is one. ValueError with the path if the files are missing or corrupt.
     """
@@ -40,8 +40,7 @@ def load_model(path: str | Path, device: Any = None) -> tuple[Any, Any]:
 
     transformers_logging.disable_progress_bar()
     name = str(path)
-    local = Path(path).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
-    source = str(resolve(Path(path).expanduser())) if local else name
+    source = name.removeprefix("hf:") if name.startswith("hf:") else str(resolve(Path(path).expanduser()))
     try:
         model = AutoModelForCausalLM.from_pretrained(source)
     except Exception as error:  # transformers, safetensors and JSON have no common error for a corrupt file

@@ -35,7 +35,8 @@ def plot_run(
         axes.plot(*zip(*held_out, strict=True), marker="o", markersize=3, label="held out")
     for (name, value), style in zip(baselines.items(), ("--", ":", "-."), strict=False):
         axes.axhline(value, color="gray", linestyle=style, linewidth=1, label=f"{name} {value:.2f}")
-    axes.set(xlabel="training tokens", ylabel="bits per byte", ylim=(0, 8.2))
+    top = max([value for _, value in train + held_out] + list(baselines.values()))
+    axes.set(xlabel="training tokens", ylabel="bits per byte", ylim=(0, 1.05 * top))
     axes.legend()
     figure.savefig(path, dpi=120)
 

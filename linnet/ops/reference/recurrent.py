@@ -53,7 +53,7 @@ def linear_attention(
         m = _rows_of(m0, row, heads, q.new_full((heads,), -torch.inf if i is not None else 0.0))
         for t in range(start, end):
             def decayed(S, z, m, g_t, i_t):
-                """Decay by g_t and prepare for a write with gain i_t: the state is stored relative to e^m (m not differentiated)."""
+                """Decay by g_t, prepare a write with gain i_t: the state is kept relative to e^m, m not differentiated."""
                 if i_t is None:
                     return S * g_t.exp()[..., None], z * g_t.exp(), m, torch.ones_like(m)
                 top = torch.maximum(m + g_t.amax(-1), i_t).detach()
@@ -86,7 +86,7 @@ def linear_attention(
                 den = den + normalizer_eps * (-top).exp()
             elif normalizer == "floor":
                 den = torch.maximum(den.abs(), (-top).exp())
-            out[b, t] = num if normalizer is None and i is None else (num * top.exp()[:, None] if normalizer is None else num / den[:, None])
+            out[b, t] = num / den[:, None] if normalizer is not None else num * top.exp()[:, None] if i is not None else num
             dens[b, t], maxima[b, t] = den, top
         for x, values in zip((S, z, m), final, strict=True):
             values.append(x)
@@ -124,8 +124,8 @@ def _delta(q, e, p, w, u, g, before_decay: bool, read: str, n: int, scale, S0, r
 
 @implements("delta_rule", "reference")
 def delta_rule(
-    q, k, v, erase, write, write_key, log_decay, erase_read, read, steps_per_token, scale, log_decay_min, initial_state, return_state,
-    cu_seqlens,
+    q, k, v, erase, write, write_key, log_decay, erase_read, read, steps_per_token, scale, log_decay_min, initial_state,
+    return_state, cu_seqlens,
 ):  # fmt: skip
     dtype, out_dtype = accumulate_dtype(q, log_decay, erase, write), v.dtype
     g = _channels(decay_per_token(log_decay, q.shape[0], q.shape[1]))

@@ -12,7 +12,8 @@ no future token changes a past result, bit for bit.
 
 The gradient of the log-decay runs down the same tree. At level h the pairs give d log P_h(t) = q_t . dq_t and d log S_h(i) =
 k_i . dk_i, and
-    d log W_h(first) = d log W_2h + sum_{t in second} d log P_2h(t),   d log W_h(second) = d log W_2h + sum_{i in first} d log S_2h(i),
+    d log W_h(first)  = d log W_2h + sum_{t in second} d log P_2h(t)
+    d log W_h(second) = d log W_2h + sum_{i in first} d log S_2h(i)
 so g_t collects exactly the terms that contain e^{g_t}: no difference of large sums, unlike a cumulative sum of q.dq - k.dk.
 
 Shapes: c chunks, H heads, R query groups, C chunk, K channels. Queries x [c, H', R, C, K], keys y [c, H', C, K] with H'

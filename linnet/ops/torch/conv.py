@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linnet.ops._autograd import refuse_double_backward
 from linnet.ops._dispatch import implements
 from linnet.ops._shapes import accumulate_dtype
 
@@ -158,6 +159,7 @@ def _backward(ctx, dz):
 
 
 conv_op.register_autograd(_backward, setup_context=_setup)
+refuse_double_backward(conv_backward_op)
 
 
 def _state(x: Tensor, past: Tensor | None, cu_seqlens: Tensor | None, W: int) -> Tensor:

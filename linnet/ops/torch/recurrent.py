@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from linnet.ops import _algebra
+from linnet.ops._autograd import refuse_double_backward
 from linnet.ops._dispatch import implements
 from linnet.ops._shapes import expand_heads
 from linnet.ops.torch import _delta, _dplr, _linear
@@ -93,6 +94,7 @@ def _linear_backward(ctx, do, dS, _):
 
 
 linear_op.register_autograd(_linear_backward, setup_context=_linear_setup)
+refuse_double_backward(linear_backward_op)
 
 
 # ---- delta rule ------------------------------------------------------------------------------------------------------
@@ -148,6 +150,7 @@ def _delta_backward(ctx, do, dS, *_):
 
 
 delta_op.register_autograd(_delta_backward, setup_context=_delta_setup)
+refuse_double_backward(delta_backward_op)
 
 
 # ---- DPLR ------------------------------------------------------------------------------------------------------------
@@ -172,8 +175,8 @@ def _(q, e, w, p, u, g, S0, cu_seqlens, scale, heads, chunk, dtype):
 
 @torch.library.custom_op("linnet::dplr_backward", mutates_args=())
 def dplr_backward_op(
-    do: Tensor, dS: Tensor | None, R: Tensor, saved: Tensor, q: Tensor, e: Tensor, w: Tensor, p: Tensor, u: Tensor, g: Tensor | None,
-    cu_seqlens: Tensor | None, scale: float, heads: int, chunk: int, dtype: torch.dtype,
+    do: Tensor, dS: Tensor | None, R: Tensor, saved: Tensor, q: Tensor, e: Tensor, w: Tensor, p: Tensor, u: Tensor,
+    g: Tensor | None, cu_seqlens: Tensor | None, scale: float, heads: int, chunk: int, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     *grads, dg, dS0 = _dplr.backward(do, dS, R, saved, q, e, w, p, u, g, cu_seqlens, scale, heads, chunk, dtype)
     return *grads, _empty(q) if dg is None else dg, dS0
@@ -201,6 +204,7 @@ def _dplr_backward(ctx, do, dS, *_):
 
 
 dplr_op.register_autograd(_dplr_backward, setup_context=_dplr_setup)
+refuse_double_backward(dplr_backward_op)
 
 
 # ---- the cores -------------------------------------------------------------------------------------------------------

@@ -14,20 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from linnet.ops._autograd import refuse_double_backward
 from linnet.ops._dispatch import implements
 from linnet.ops._shapes import accumulate_dtype
 
 BLOCK = 16
-
-
-def refuse_double_backward(backward_op) -> None:
-    """Make differentiating a backward operator a clear error instead of a silent zero."""
-    name = backward_op._qualname.replace("::", ".").removesuffix("_backward")
-
-    def refuse(ctx, *grads):
-        raise RuntimeError(f"{name}: double backward is not implemented; use backend='reference' for second derivatives")
-
-    backward_op.register_autograd(refuse)
 
 
 def _sequential(a: Tensor, x: Tensor, h: Tensor | None, out: Tensor, reverse: bool) -> None:

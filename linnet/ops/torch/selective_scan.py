@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linnet.ops._autograd import refuse_double_backward
 from linnet.ops._dispatch import implements
 from linnet.ops._shapes import accumulate_dtype, expand_heads
-from linnet.ops.torch.scan import refuse_double_backward
 
 CHUNK_ELEMENTS = 1 << 21  # N * D * tokens of one chunk and tile
 LOG2_E = math.log2(math.e)

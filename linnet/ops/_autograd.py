@@ -1,0 +1,13 @@
+"""What the custom operators of every backend share."""
+
+from __future__ import annotations
+
+
+def refuse_double_backward(backward_op) -> None:
+    """Make differentiating a backward operator a clear error instead of a silent zero."""
+    name = backward_op._qualname.replace("::", ".").removesuffix("_backward")
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"{name}: double backward is not implemented; use backend='reference' for second derivatives")
+
+    backward_op.register_autograd(refuse)

@@ -1,0 +1,65 @@
+"""Device functions shared by the linear-attention kernels: where a program works, masked tiles, states."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def split_range(cu, n, sp, T, NS, UNIT: tl.constexpr, PACKED: tl.constexpr):
+    """First row and length of split `sp` of row `n` of the state. Splits are multiples of UNIT tokens; some may be empty."""
+    if PACKED:
+        first = tl.load(cu + n).to(tl.int32)
+        length = tl.load(cu + n + 1).to(tl.int32) - first
+    else:
+        first = n * T
+        length = T
+    per = ((length + UNIT - 1) // UNIT + NS - 1) // NS * UNIT
+    begin = tl.minimum(sp * per, length)
+    end = tl.minimum(begin + per, length)
+    return first + begin, end - begin, begin
+
+
+@triton.jit
+def first_block(cu, n, T, L: tl.constexpr, PACKED: tl.constexpr):
+    """Number of the first block of L tokens of row `n`: every row has its own blocks, counted without reading other rows."""
+    if PACKED:
+        b = tl.load(cu + n).to(tl.int32) // L + n
+    else:
+        b = n * ((T + L - 1) // L)
+    return b
+
+
+@triton.jit
+def load_tile(p, row, ok, stride, column, width, d, DESC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Tile [rows, d] of an operand: through its tensor descriptor (p, first row `row`) or by pointers; zero where masked."""
+    if DESC:
+        x = p.load([row, column])
+        if ROWS:
+            x = tl.where(ok[:, None], x, tl.zeros_like(x))
+    else:
+        rows = row + tl.arange(0, ok.shape[0]).to(tl.int64)
+        at = p + rows[:, None] * stride + column + d[None, :]
+        if ROWS:
+            if COLUMNS:
+                x = tl.load(at, mask=ok[:, None] & (d < width)[None, :], other=0.0)
+            else:
+                x = tl.load(at, mask=ok[:, None], other=0.0)
+        else:
+            if COLUMNS:
+                x = tl.load(at, mask=(d < width)[None, :], other=0.0)
+            else:
+                x = tl.load(at)
+    return x
+
+
+@triton.jit
+def state_at(p, index, d, z, D, Z, stride_d, stride_z, TR: tl.constexpr):
+    """Pointers and mask of tile [z, d] (TR) or [d, z] of state number `index`."""
+    base = p + index.to(tl.int64) * D * Z
+    if TR:
+        at = base + d[None, :] * stride_d + z[:, None] * stride_z
+        mask = (d < D)[None, :] & (z < Z)[:, None]
+    else:
+        at = base + d[:, None] * stride_d + z[None, :] * stride_z
+        mask = (d < D)[:, None] & (z < Z)[None, :]
+    return at, mask

@@ -1,0 +1,248 @@
+"""Linear attention without decay or with one decay per head and token: one kernel body in four roles.
+
+    out_t = scale * sum_{s} Gamma(t, s) (x_t . y_s) z_s + (decayed initial state)^T x_t      state S = sum decayed y_s z_s^T
+    o:  (x, y, z) = (q, k, v)      dq: (do, v, k)      forward in time, s <= t
+    dk: (v, do, q)                 dv: (k, q, do)      backward in time (REV), s >= t
+
+Grid: one program per (row of the state, split of its time, head, block of the contraction width D, tile of the width Z); it walks
+its chunks of C tokens and keeps its tile of the state in fp32 registers. Device memory is read once per tile; nothing of size
+T x C or T/C x K x V is stored, except in the dq role when the gate needs a gradient: one state per L = C*M tokens (16 bit).
+
+Gate. dg_t = D_end + sum_{t' >= t, same block} (q.dq - k.dk)_{t'}, with D_end = <S, R> at the end of the block of L tokens (S from the
+stored states, R the adjoint state of the dk role): the sum never runs over more than L tokens, both roles round the same products
+in the same way, and the pairs t' = t, which would cancel, are left out of both.
+
+Never feed a transposed 16-bit accumulator to a product here: Triton 3.4-3.7.0 miscompiles it on sm_90.
+"""
+
+import triton
+import triton.language as tl
+
+from linnet.ops.triton._kernel_common import first_block, load_tile, split_range, state_at
+
+LOG2E = tl.constexpr(1.4426950408889634)
+RESET = tl.constexpr(-160.0)  # 2^-160 is zero in fp32: below it a decay is a reset
+
+
+@triton.jit
+def scalar_role(
+    x, y, z, g, o, other, weights, S_in, S_out, blocks, products, cu,
+    T, BT, stride_x, stride_y, stride_z, stride_g, stride_other, scale, scale_in, scale_out,
+    H, Hx, Hy, Hz, Hg, Ho, H_in, H_out, D, Z, in_d, in_z, ND, NZ, NS,
+    BD: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr, M: tl.constexpr, STAGES: tl.constexpr, TR: tl.constexpr,
+    REV: tl.constexpr, EXCL: tl.constexpr, DECAY: tl.constexpr, OUT: tl.constexpr, DESC: tl.constexpr, ROWS: tl.constexpr,
+    COL_D: tl.constexpr, COL_Z: tl.constexpr, PACKED: tl.constexpr, GATE: tl.constexpr, HAS_IN: tl.constexpr, FIRST: tl.constexpr,
+    HAS_OUT: tl.constexpr, BLOCKS: tl.constexpr, F64: tl.constexpr, IP: tl.constexpr,
+):  # fmt: skip
+    """One role. GATE: also write sum_z other * (out without s = t). BLOCKS: 1 store, 2 multiply with, the states at block ends.
+
+    S_in [rows*NS, H_in, K, V] (in_d, in_z: strides of D and Z) enters times scale_in, only into the first head of a group if
+    FIRST; S_out is written times scale_out. Without OUT only the state (from zero) and its total decay (`weights`) are written.
+    """
+    pid = tl.program_id(0)
+    iz = pid % NZ
+    id = (pid // NZ) % ND
+    h = (pid // (NZ * ND)) % H
+    part = pid // (NZ * ND * H)
+    sp = part % NS
+    n = part // NS
+    row0, length, begin = split_range(cu, n, sp, T, NS, C * M, PACKED)
+    d = tl.arange(0, BD)
+    zz = tl.arange(0, BZ)
+    cd = id * BD
+    cz = iz * BZ
+    r = tl.arange(0, C)
+    DT: tl.constexpr = y.dtype.element_ty if not DESC else y.dtype
+    ST: tl.constexpr = tl.bfloat16 if DT == tl.float16 else DT  # a state may leave the range of fp16
+    GT: tl.constexpr = tl.float64 if F64 else tl.float32
+    if TR:
+        out_i = r[None, :]
+        in_i = r[:, None]
+        S = tl.zeros([BZ, BD], tl.float32)
+    else:
+        out_i = r[:, None]
+        in_i = r[None, :]
+        S = tl.zeros([BD, BZ], tl.float32)
+    if HAS_IN:
+        at, mask = state_at(S_in, part * H_in + h // (H // H_in), cd + d, cz + zz, D, Z, in_d, in_z, TR)
+        if FIRST:
+            mask = mask & (h % (H // H_in) == 0)
+        S = tl.load(at, mask=mask, other=0.0).to(tl.float32) * scale_in
+    chunks = (length + C - 1) // C
+    block0 = first_block(cu, n, T, C * M, PACKED) + begin // (C * M)
+    total = tl.zeros([1], GT)
+    for j in tl.range(0, chunks, num_stages=STAGES):
+        c = chunks - 1 - j if REV else j
+        row = row0 + c * C
+        ok = c * C + r < length
+        yb = load_tile(y, row, ok, stride_y, (h // (H // Hy)) * D + cd, D - cd, d, DESC, ROWS, COL_D)
+        zb = load_tile(z, row, ok, stride_z, (h // (H // Hz)) * Z + cz, Z - cz, zz, DESC, ROWS, COL_Z)
+        if DECAY:
+            gp = g + (row + r).to(tl.int64) * stride_g + h // (H // Hg)
+            if ROWS:
+                gv = tl.load(gp, mask=ok, other=0.0)
+            else:
+                gv = tl.load(gp)
+            gv = tl.maximum(gv.to(GT) * LOG2E, RESET)
+            G = tl.cumsum(gv, 0)
+            GC = tl.sum(gv, 0)
+            P = G - gv if EXCL else G
+            w_query = tl.exp2(P.to(tl.float32))
+            w_key = tl.exp2((GC - G).to(tl.float32))
+            carry = tl.exp2(GC.to(tl.float32))
+        if BLOCKS == 2:
+            if (c + 1) % M == 0 or c == chunks - 1:
+                at, mask = state_at(blocks, (block0 + c // M) * H + h, cd + d, cz + zz, D, Z, Z, 1, TR)
+                SR = tl.sum(tl.sum(S * tl.load(at, mask=mask, other=0.0).to(tl.float32), 1), 0)
+                tl.store(products + ((block0 + c // M).to(tl.int64) * H + h) * (ND * NZ) + id * NZ + iz, SR * scale)
+        if OUT:
+            xb = load_tile(x, row, ok, stride_x, (h // (H // Hx)) * D + cd, D - cd, d, DESC, False, COL_D)
+            if TR:
+                A = tl.dot(yb, tl.trans(xb), input_precision=IP)
+                O = tl.dot(S.to(ST), tl.trans(xb.to(ST)), input_precision=IP)
+            else:
+                A = tl.dot(xb, tl.trans(yb), input_precision=IP)
+                O = tl.dot(xb.to(ST), S.to(ST), input_precision=IP)
+            if EXCL or GATE:
+                keep = out_i < in_i if REV else out_i > in_i
+            else:
+                keep = out_i <= in_i if REV else out_i >= in_i
+            if GATE and not EXCL:
+                own = tl.sum(tl.where(out_i == in_i, A, 0.0), 0 if TR else 1)
+            if DECAY:
+                if TR != REV:
+                    e = P[None, :] - G[:, None]
+                else:
+                    e = P[:, None] - G[None, :]
+                A = A * tl.exp2(tl.minimum(e, 0.0).to(tl.float32))
+                w_out = w_key if REV else w_query
+                O = O * (w_out[None, :] if TR else w_out[:, None])
+            A = tl.where(keep, A, 0.0).to(DT)
+            if TR:
+                O = tl.dot(tl.trans(zb), A, O, input_precision=IP)
+            else:
+                O = tl.dot(A, zb, O, input_precision=IP)
+            if GATE:
+                ub = load_tile(other, row, ok, stride_other, (h // (H // Ho)) * Z + cz, Z - cz, zz, DESC, ROWS, COL_Z).to(tl.float32)
+                wp = weights + (id * NZ + iz).to(tl.int64) * H * BT + h.to(tl.int64) * BT + row + r
+                if TR:
+                    weight = tl.sum(tl.trans(ub) * O, 0) * scale
+                else:
+                    weight = tl.sum(ub * O, 1) * scale
+                tl.store(wp, weight, mask=ok)
+                if not EXCL:
+                    if TR:
+                        O += own[None, :] * tl.trans(zb).to(tl.float32)
+                    else:
+                        O += own[:, None] * zb.to(tl.float32)
+            ob = (O * scale).to(o.dtype.element_ty)
+            if TR:
+                ob = tl.trans(ob)
+            op = o + id.to(tl.int64) * BT * H * Z + (row + r).to(tl.int64)[:, None] * (H * Z) + h * Z + cz + zz[None, :]
+            if ROWS or COL_Z:
+                tl.store(op, ob, mask=ok[:, None] & (cz + zz < Z)[None, :])
+            else:
+                tl.store(op, ob)
+        if DECAY:
+            w_in = w_query if REV else w_key
+            zb = (zb * w_in[:, None]).to(DT)
+            S = S * carry
+            total += GC
+        if TR:
+            S = tl.dot(tl.trans(zb), yb, S, input_precision=IP)
+        else:
+            S = tl.dot(tl.trans(yb), zb, S, input_precision=IP)
+        if BLOCKS == 1:
+            if (c + 1) % M == 0 or c == chunks - 1:
+                at, mask = state_at(blocks, (block0 + c // M) * H + h, cd + d, cz + zz, D, Z, Z, 1, TR)
+                tl.store(at, S.to(blocks.dtype.element_ty), mask=mask)
+    if HAS_OUT:
+        rep = H // H_out
+        at, mask = state_at(S_out, part * H_out + h // rep, cd + d, cz + zz, D, Z, in_d, in_z, TR)
+        tl.store(at, S * scale_out, mask=mask & (h % rep == 0))
+        if not OUT and DECAY:
+            if id == 0 and iz == 0:
+                tl.store(weights + (part * H + h) + tl.arange(0, 1), total.to(tl.float32))
+
+
+@triton.jit
+def gate_kernel(
+    query, key, products, dg, cu, T, BT, N, H, Hg, NQ, NK, L: tl.constexpr, EXCL: tl.constexpr, PACKED: tl.constexpr
+):
+    """dg [B*T, Hg] from the partial sums query [NQ, H, B*T], key [NK, H, B*T] and products [blocks, H, NK]; a program per block."""
+    block = tl.program_id(0)
+    hg = tl.program_id(1)
+    if PACKED:
+        low = 0
+        high = N
+        while high - low > 1:  # the last row whose first block is not after this one
+            middle = (low + high) // 2
+            if tl.load(cu + middle).to(tl.int32) // L + middle <= block:
+                low = middle
+            else:
+                high = middle
+        n = low
+        first = tl.load(cu + n).to(tl.int32)
+        length = tl.load(cu + n + 1).to(tl.int32) - first
+        begin = (block - (first // L + n)) * L
+    else:
+        per = (T + L - 1) // L
+        n = block // per
+        first = n * T
+        length = T
+        begin = (block - n * per) * L
+    if begin < length:
+        r = tl.arange(0, L)
+        ok = begin + r < length
+        rows = (first + begin + r).to(tl.int64)
+        acc = tl.zeros([L], tl.float32)
+        for i in range(0, H // Hg):
+            h = hg * (H // Hg) + i
+            wq = tl.zeros([L], tl.float32)
+            wk = tl.zeros([L], tl.float32)
+            D = 0.0
+            for p in range(0, NQ):
+                wq += tl.load(query + (p * H + h).to(tl.int64) * BT + rows, mask=ok, other=0.0)
+            for p in range(0, NK):
+                wk += tl.load(key + (p * H + h).to(tl.int64) * BT + rows, mask=ok, other=0.0)
+                D += tl.load(products + (block.to(tl.int64) * H + h) * NK + p)
+            acc += tl.cumsum(wq - wk, 0, reverse=True) + D
+            if EXCL:
+                acc -= wq
+        tl.store(dg + rows * Hg + hg, acc, mask=ok)
+
+
+@triton.jit
+def join_kernel(
+    local, decay, S_in, start, final, NS, H, Hd, H_in, K, V, in_scale, out_scale, GROUPS,
+    BK: tl.constexpr, BV: tl.constexpr, REV: tl.constexpr, DECAY: tl.constexpr, HAS_IN: tl.constexpr, FIRST: tl.constexpr,
+):  # fmt: skip
+    """States at the starts of NS splits from their local sums: start_{i+1} = decay_i start_i + local_i (REV: from the last split).
+
+    local, start [rows*NS, H, K, V]; decay [rows*NS, Hd, GROUPS] in base-2 logarithms (GROUPS 1 or K); S_in [rows, H_in, K, V] or none; final [rows, H, K, V].
+    """
+    iv = tl.program_id(0)
+    h = tl.program_id(1) % H
+    n = tl.program_id(1) // H
+    ik = tl.program_id(2)
+    k = ik * BK + tl.arange(0, BK)
+    v = iv * BV + tl.arange(0, BV)
+    mask = (k < K)[:, None] & (v < V)[None, :]
+    at = k[:, None] * V + v[None, :]
+    S = tl.zeros([BK, BV], tl.float32)
+    if HAS_IN:
+        rep = H // H_in
+        own = mask
+        if FIRST:
+            own = mask & (h % rep == 0)
+        S = tl.load(S_in + (n * H_in + h // rep).to(tl.int64) * K * V + at, mask=own, other=0.0).to(tl.float32) * in_scale
+    for i in range(0, NS):
+        sp = NS - 1 - i if REV else i
+        index = ((n * NS + sp) * H + h).to(tl.int64)
+        tl.store(start + index * K * V + at, S, mask=mask)
+        S_local = tl.load(local + index * K * V + at, mask=mask, other=0.0)
+        if DECAY:
+            e = tl.load(decay + ((n * NS + sp) * Hd + h // (H // Hd)).to(tl.int64) * GROUPS + (k if GROUPS > 1 else k * 0), mask=k < K, other=0.0)
+            S = S * tl.exp2(e)[:, None]
+        S = S + S_local
+    tl.store(final + (n * H + h).to(tl.int64) * K * V + at, S * out_scale, mask=mask)
