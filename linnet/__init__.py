@@ -22,9 +22,10 @@ _EXPORTS = {
     "Context": "linnet.mixers",
     "StateSpec": "linnet.mixers",
     "debug": "linnet.ops",
+    "list_recipes": "linnet.training",
     "info": "linnet._info",
 }
-_SUBMODULES = ("ops", "mixers", "models", "training", "bench")
+_SUBMODULES = ("ops", "mixers", "models", "training", "evals", "bench")
 
 __all__ = [*_EXPORTS, *_SUBMODULES, "__version__"]
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from linnet.models import LinnetConfig as LinnetConfig
     from linnet.models import LinnetForCausalLM as LinnetForCausalLM
     from linnet.ops import debug as debug
+    from linnet.training import list_recipes as list_recipes
 
 
 def __getattr__(name: str):

@@ -1,4 +1,4 @@
-"""Feature maps phi of linear attention, by name: functions that act on every channel separately.
+"""Feature maps phi of linear attention: by name those that act on every channel separately, below those that mix channels.
 
     get_feature_map("elu+1")(x) = elu(x) + 1
 
@@ -10,8 +10,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,3 +30,44 @@ def get_feature_map(name: str) -> Callable[[Tensor], Tensor]:
     if name not in FEATURE_MAPS:
         raise ValueError(f"feature map must be one of {', '.join(map(repr, FEATURE_MAPS))}; got {name!r}")
     return FEATURE_MAPS[name]
+
+
+# ---- maps that mix channels ----------------------------------------------------------------------------------------------
+
+
+def hedgehog_features(u: Tensor, kind: str) -> Tensor:
+    """[..., K] -> [..., 2K], the channels of u and of -u (Hedgehog, Zhang et al. 2024, arXiv 2402.04347, in three codes).
+
+    "softmax": softmax over all 2K channels of [2u, -2u] (flash-linear-attention).
+    "softmax_halves": [softmax(u), softmax(-u)], at least 1e-12 (LoLCATs).
+    "exp_max": [exp(u - max u), exp(-u + min u)] (LoLCATs).
+    """
+    if kind == "softmax":
+        return torch.cat((2 * u, -2 * u), -1).softmax(-1)
+    if kind == "softmax_halves":
+        return torch.cat((u.softmax(-1), (-u).softmax(-1)), -1).clamp_min(1e-12)
+    if kind == "exp_max":
+        return torch.cat((u - u.amax(-1, keepdim=True), u.amin(-1, keepdim=True) - u), -1).exp()
+    raise ValueError(f"hedgehog_features: kind must be 'softmax', 'softmax_halves' or 'exp_max'; got {kind!r}")
+
+
+def _products(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(x_i^2, x_i x_j for i < j): the distinct entries of x x^T."""
+    row, column = torch.triu_indices(x.shape[-1], x.shape[-1], 1, device=x.device)
+    return x.square(), x[..., row] * x[..., column]
+
+
+def quadratic_features(x: Tensor) -> Tensor:
+    """[..., K] -> [..., K(K+1)/2] with phi(q).phi(k) = (q.k)^2 / K (ReBased, Aksenov et al. 2024, arXiv 2402.10644)."""
+    squares, pairs = _products(x)
+    return torch.cat((squares, math.sqrt(2) * pairs), -1) * x.shape[-1] ** -0.5
+
+
+def taylor_features(x: Tensor) -> Tensor:
+    """[..., K] -> [..., 1 + K + K(K+1)/2] with phi(q).phi(k) = 1 + s + s^2/2, s = q.k / sqrt(K).
+
+    The second-order Taylor polynomial of exp, positive everywhere (Based, Arora et al. 2024, arXiv 2402.18668).
+    """
+    squares, pairs = _products(x)
+    root = math.sqrt(x.shape[-1])
+    return torch.cat((torch.ones_like(x[..., :1]), x / math.sqrt(root), squares / (math.sqrt(2) * root), pairs / root), -1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from linnet import ops
 from linnet.mixers import _layers as L
-from linnet.mixers._base import Context, Mixer, State, StateSpec
+from linnet.mixers._base import Context, State
+from linnet.mixers._delta import DeltaMixer
 from linnet.mixers._registry import register_mixer
 
 
@@ -35,17 +36,19 @@ class GatedDeltaNetConfig:
     gate: bool = True
     A_range: tuple[float, float] = (1.0, 16.0)
     norm_eps: float = 1e-5
+    mixer: ClassVar[str] = "gated_deltanet"
+    decay: ClassVar[str] = "head"  # or "none", in mixers built on this one
 
     def __post_init__(self):
         L.check_positive(
-            "gated_deltanet", d_model=self.d_model, heads=self.heads, value_heads=self.value_heads, head_dim=self.head_dim,
+            self.mixer, d_model=self.d_model, heads=self.heads, value_heads=self.value_heads, head_dim=self.head_dim,
             value_dim=self.value_dim, conv_size=self.conv_size,
         )  # fmt: skip
-        L.check_number("gated_deltanet", 0, expand_v=self.expand_v, norm_eps=self.norm_eps)
-        object.__setattr__(self, "A_range", L.pair("gated_deltanet", "A_range", self.A_range))
+        L.check_number(self.mixer, 0, expand_v=self.expand_v, norm_eps=self.norm_eps)
+        object.__setattr__(self, "A_range", L.pair(self.mixer, "A_range", self.A_range))
         if self.state_heads % self.heads:
-            L.refuse("gated_deltanet", "value_heads", f"a multiple of heads = {self.heads}", self.value_heads)
-        L.divided("gated_deltanet", "expand_v", self.key_size * self.expand_v, 1)
+            L.refuse(self.mixer, "value_heads", f"a multiple of heads = {self.heads}", self.value_heads)
+        L.divided(self.mixer, "expand_v", self.key_size * self.expand_v, 1)
 
     @property
     def state_heads(self) -> int:
@@ -61,7 +64,7 @@ class GatedDeltaNetConfig:
 
 
 @register_mixer("gated_deltanet")
-class GatedDeltaNet(Mixer):
+class GatedDeltaNet(DeltaMixer):
     r"""Yang et al., "Gated Delta Networks: Improving Mamba2 with Delta Rule", 2024 (arXiv 2412.06464).
 
         S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,   o_t = S_t^T q_t / sqrt(K)
@@ -75,41 +78,31 @@ class GatedDeltaNet(Mixer):
     Config = GatedDeltaNetConfig
     no_weight_decay = ("A_log", "dt_bias")
 
-    def __init__(self, config: GatedDeltaNetConfig, *, layer_index: int = 0, num_layers: int = 1):
-        super().__init__(config, layer_index=layer_index, num_layers=num_layers)
-        c = config
-        keys, values = c.heads * c.key_size, c.state_heads * c.value_size
-        self.widths = (keys, keys, values)
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(c.d_model, width, bias=False) for width in self.widths)
-        self.a_proj, self.b_proj = (nn.Linear(c.d_model, c.state_heads, bias=False) for _ in range(2))
-        self.g_proj = nn.Linear(c.d_model, values, bias=False) if c.gate else None
-        self.conv = L.ShortConv(sum(self.widths), c.conv_size) if c.conv_size else None
-        self.A_log, self.dt_bias = (nn.Parameter(torch.empty(c.state_heads)) for _ in range(2))
-        self.o_norm = (L.GatedRMSNorm if c.gate else L.RMSNorm)(c.value_size, eps=c.norm_eps)
-        self.o_proj = nn.Linear(values, c.d_model, bias=False)
-        self.reset_parameters()
+    gate_activation = "silu"
+
+    def add_parts(self) -> None:
+        c = self.config
+        self.add_block(self.gate_activation if c.gate else None)
+        self.b_proj = nn.Linear(c.d_model, self.steps * c.state_heads, bias=False)
+        self.g_proj = nn.Linear(c.d_model, c.state_heads * c.value_size, bias=False) if c.gate else None
+        if c.decay != "none":
+            self.a_proj = nn.Linear(c.d_model, c.state_heads, bias=False)
+            self.A_log, self.dt_bias = (nn.Parameter(torch.empty(c.state_heads)) for _ in range(2))
 
     def reset_parameters(self) -> None:
         L.init_normal(self)
-        L.init_A_log(self.A_log, *self.config.A_range)
-        L.init_dt_bias(self.dt_bias)
+        if self.config.decay != "none":
+            L.init_A_log(self.A_log, *self.config.A_range)
+            L.init_dt_bias(self.dt_bias)
 
-    def state_spec(self) -> StateSpec:
+    def gates(self, x_BTD: Tensor) -> dict[str, Tensor | None]:
+        """erase [B, T*n, H] and log_decay [B, T, H] or None, in at least fp32."""
         c = self.config
-        return self.make_spec(conv=self.conv.state_shape if self.conv else None, S=(c.state_heads, c.key_size, c.value_size))
+        beta_BTH = torch.sigmoid(L.full(self.per_step(self.b_proj(x_BTD), c.state_heads)[..., 0]))
+        g_BTH = None if c.decay == "none" else L.mamba_log_decay(self.a_proj(x_BTD), self.A_log, self.dt_bias)
+        return {"erase": 2 * beta_BTH if c.allow_neg_eigval else beta_BTH, "log_decay": g_BTH}
 
-    def forward(self, x_BTD: Tensor, state: State | None = None, *, context: Context | None = None) -> tuple[Tensor, State | None]:
-        c, context = self.config, context or Context()
-        conv, S = self.open_state(state, "conv" if self.conv else None, "S")
-        qkv = torch.cat((self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)), -1)
-        qkv, conv = self.conv(qkv, conv, context) if self.conv is not None else (nn.functional.silu(qkv), None)
-        q_BTE, k_BTE, v_BTE = qkv.split(self.widths, -1)
-        q_BTHK, k_BTHK = (L.l2_norm(L.split_heads(y, c.heads)) for y in (q_BTE, k_BTE))
-        beta_BTH = torch.sigmoid(L.full(self.b_proj(x_BTD)))
-        o_BTHV, new = ops.delta_rule(
-            q_BTHK, k_BTHK, L.split_heads(v_BTE, c.state_heads), erase=2 * beta_BTH if c.allow_neg_eigval else beta_BTH,
-            log_decay=L.mamba_log_decay(self.a_proj(x_BTD), self.A_log, self.dt_bias), initial_state=S,
-            return_state=context.return_state, cu_seqlens=context.cu_seqlens,
-        )  # fmt: skip
-        o_BTHV = self.o_norm(o_BTHV, L.split_heads(self.g_proj(x_BTD), c.state_heads)) if c.gate else self.o_norm(o_BTHV)
-        return self.o_proj(o_BTHV.flatten(2)), self.close_state(context, conv, *(new or ()))
+    def mix(
+        self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, memory: list[Any], context: Context
+    ) -> tuple[Tensor, State | None]:
+        return self.delta_rule(q_BTHK, k_BTHK, v_BTHV, memory[0], context, **self.gates(x_BTD))

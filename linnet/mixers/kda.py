@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linnet import ops
 from linnet.mixers import _layers as L
-from linnet.mixers._base import Context, Mixer, State, StateSpec
+from linnet.mixers._base import Context, State
+from linnet.mixers._delta import DeltaMixer
 from linnet.mixers._registry import register_mixer
 
 
@@ -39,27 +40,33 @@ class KDAConfig:
     conv_size: int | None = 4
     allow_neg_eigval: bool = False
     norm_eps: float = 1e-5
+    mixer: ClassVar[str] = "kda"
 
     def __post_init__(self):
         L.check_positive(
-            "kda", d_model=self.d_model, heads=self.heads, value_heads=self.value_heads, head_dim=self.head_dim,
+            self.mixer, d_model=self.d_model, heads=self.heads, value_heads=self.value_heads, head_dim=self.head_dim,
             conv_size=self.conv_size, gate_rank=self.gate_rank or None,
         )  # fmt: skip
-        L.check_number("kda", 0, expand_v=self.expand_v, norm_eps=self.norm_eps)
-        L.check_number("kda", float("-inf"), 0, decay_min=self.decay_min)
-        L.check_choice("kda", ("softplus", "safe"), decay_gate=self.decay_gate)
-        L.check_choice("kda", ("sigmoid", "silu"), gate=self.gate)
+        L.check_number(self.mixer, 0, expand_v=self.expand_v, norm_eps=self.norm_eps)
+        L.check_number(self.mixer, float("-inf"), 0, decay_min=self.decay_min)
+        L.check_choice(self.mixer, ("softplus", "safe"), decay_gate=self.decay_gate)
+        L.check_choice(self.mixer, ("sigmoid", "silu"), gate=self.gate)
         if self.state_heads % self.heads:
-            L.refuse("kda", "value_heads", f"a multiple of heads = {self.heads}", self.value_heads)
-        L.divided("kda", "expand_v", self.key_size * self.expand_v, 1)
+            L.refuse(self.mixer, "value_heads", f"a multiple of heads = {self.heads}", self.value_heads)
+        L.divided(self.mixer, "expand_v", self.key_size * self.expand_v, 1)
 
     @property
     def state_heads(self) -> int:
         return self.value_heads or self.heads
 
     @property
+    def gate_heads(self) -> int:
+        """Heads of the decay."""
+        return self.state_heads
+
+    @property
     def key_size(self) -> int:
-        return self.head_dim or L.divided("kda", "heads", self.d_model, self.heads)
+        return self.head_dim or L.divided(self.mixer, "heads", self.d_model, self.heads)
 
     @property
     def value_size(self) -> int:
@@ -67,7 +74,7 @@ class KDAConfig:
 
 
 @register_mixer("kda")
-class KDA(Mixer):
+class KDA(DeltaMixer):
     r"""Kimi Team, "Kimi Linear: An Expressive, Efficient Attention Architecture", 2025 (arXiv 2510.26692).
 
         S_t = (I - beta_t k_t k_t^T) Diag(alpha_t) S_{t-1} + beta_t k_t v_t^T,   o_t = S_t^T q_t / sqrt(K)
@@ -81,54 +88,49 @@ class KDA(Mixer):
     Config = KDAConfig
     no_weight_decay = ("A_log", "dt_bias")
 
-    def __init__(self, config: KDAConfig, *, layer_index: int = 0, num_layers: int = 1):
-        super().__init__(config, layer_index=layer_index, num_layers=num_layers)
-        c = config
-        keys, values = c.heads * c.key_size, c.state_heads * c.value_size
-        self.widths = (keys, keys, values)
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(c.d_model, width, bias=False) for width in self.widths)
+    def low_rank(self, width: int, bias: bool = False) -> nn.Module:
+        """A projection of the decay or the output gate."""
+        c = self.config
+        if c.gate_rank == 0:
+            return nn.Linear(c.d_model, width, bias=bias)
+        return L.LowRank(c.d_model, c.gate_rank or c.value_size, width, bias=bias)
+
+    def add_gates(self) -> None:
+        """Decay and output gate."""
+        c = self.config
+        self.f_proj = self.low_rank(c.gate_heads * c.key_size)
+        self.g_proj = self.low_rank(c.state_heads * c.value_size, c.gate_bias)
+        self.A_log = nn.Parameter(torch.empty(c.gate_heads))
+        self.dt_bias = nn.Parameter(torch.empty(c.gate_heads, c.key_size))
+
+    def add_parts(self) -> None:
+        c = self.config
+        self.add_block(c.gate)
         self.b_proj = nn.Linear(c.d_model, c.state_heads, bias=False)
-
-        def gate(width: int, bias: bool) -> nn.Module:
-            if c.gate_rank == 0:
-                return nn.Linear(c.d_model, width, bias=bias)
-            return L.LowRank(c.d_model, c.gate_rank or c.value_size, width, bias=bias)
-
-        self.f_proj, self.g_proj = gate(c.state_heads * c.key_size, False), gate(values, c.gate_bias)
-        self.conv = L.ShortConv(sum(self.widths), c.conv_size) if c.conv_size else None
-        self.A_log = nn.Parameter(torch.empty(c.state_heads))
-        self.dt_bias = nn.Parameter(torch.empty(c.state_heads, c.key_size))
-        self.o_norm = L.GatedRMSNorm(c.value_size, eps=c.norm_eps, activation=c.gate)
-        self.o_proj = nn.Linear(values, c.d_model, bias=False)
-        self.reset_parameters()
+        self.add_gates()
 
     def reset_parameters(self) -> None:
         L.init_normal(self)
         L.init_dt_bias(self.dt_bias)
         L.init_A_log(self.A_log) if self.config.decay_gate == "softplus" else nn.init.zeros_(self.A_log)
 
-    def state_spec(self) -> StateSpec:
-        c = self.config
-        return self.make_spec(conv=self.conv.state_shape if self.conv else None, S=(c.state_heads, c.key_size, c.value_size))
-
     def log_decay(self, x_BTD: Tensor) -> Tensor:
         """g [B, T, H, K] in at least fp32."""
         c, A = self.config, L.full(self.A_log).exp()[:, None]
-        f_BTHK = L.full(L.split_heads(self.f_proj(x_BTD), c.state_heads)) + L.full(self.dt_bias)
+        f_BTHK = L.full(L.split_heads(self.f_proj(x_BTD), c.gate_heads)) + L.full(self.dt_bias)
         return -A * F.softplus(f_BTHK) if c.decay_gate == "softplus" else c.decay_min * torch.sigmoid(A * f_BTHK)
 
-    def forward(self, x_BTD: Tensor, state: State | None = None, *, context: Context | None = None) -> tuple[Tensor, State | None]:
-        c, context = self.config, context or Context()
-        conv, S = self.open_state(state, "conv" if self.conv else None, "S")
-        qkv = torch.cat((self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)), -1)
-        qkv, conv = self.conv(qkv, conv, context) if self.conv is not None else (F.silu(qkv), None)
-        q_BTE, k_BTE, v_BTE = qkv.split(self.widths, -1)
-        q_BTHK, k_BTHK = (L.l2_norm(L.split_heads(y, c.heads)) for y in (q_BTE, k_BTE))
+    @property
+    def log_decay_min(self) -> float | None:
+        return self.config.decay_min if self.config.decay_gate == "safe" else None
+
+    def gates(self, x_BTD: Tensor) -> dict[str, Any]:
+        """erase, log_decay and its bound, in at least fp32."""
         beta_BTH = torch.sigmoid(L.full(self.b_proj(x_BTD)))
-        o_BTHV, new = ops.delta_rule(
-            q_BTHK, k_BTHK, L.split_heads(v_BTE, c.state_heads), erase=2 * beta_BTH if c.allow_neg_eigval else beta_BTH,
-            log_decay=self.log_decay(x_BTD), log_decay_min=c.decay_min if c.decay_gate == "safe" else None, initial_state=S,
-            return_state=context.return_state, cu_seqlens=context.cu_seqlens,
-        )  # fmt: skip
-        o_BTHV = self.o_norm(o_BTHV, L.split_heads(self.g_proj(x_BTD), c.state_heads))
-        return self.o_proj(o_BTHV.flatten(2)), self.close_state(context, conv, *(new or ()))
+        erase_BTH = 2 * beta_BTH if self.config.allow_neg_eigval else beta_BTH
+        return {"erase": erase_BTH, "log_decay": self.log_decay(x_BTD), "log_decay_min": self.log_decay_min}
+
+    def mix(
+        self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, memory: list[Any], context: Context
+    ) -> tuple[Tensor, State | None]:
+        return self.delta_rule(q_BTHK, k_BTHK, v_BTHV, memory[0], context, **self.gates(x_BTD))

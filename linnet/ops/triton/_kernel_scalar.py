@@ -96,7 +96,7 @@ def scalar_role(
                 SR = tl.sum(tl.sum(S * tl.load(at, mask=mask, other=0.0).to(tl.float32), 1), 0)
                 tl.store(products + ((block0 + c // M).to(tl.int64) * H + h) * (ND * NZ) + id * NZ + iz, SR * scale)
         if OUT:
-            xb = load_tile(x, row, ok, stride_x, (h // (H // Hx)) * D + cd, D - cd, d, DESC, False, COL_D)
+            xb = load_tile(x, row, ok, stride_x, (h // (H // Hx)) * D + cd, D - cd, d, DESC, ROWS and not DESC, COL_D)
             if TR:
                 A = tl.dot(yb, tl.trans(xb), input_precision=IP)
                 O = tl.dot(S.to(ST), tl.trans(xb.to(ST)), input_precision=IP)
@@ -214,7 +214,7 @@ def gate_kernel(
 
 @triton.jit
 def join_kernel(
-    local, decay, S_in, start, final, NS, H, Hd, H_in, K, V, in_scale, out_scale, GROUPS,
+    local, decay, S_in, start, final, NS, H, Hd, H_in, K, V, in_scale, out_scale, GROUPS: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, REV: tl.constexpr, DECAY: tl.constexpr, HAS_IN: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """States at the starts of NS splits from their local sums: start_{i+1} = decay_i start_i + local_i (REV: from the last split).
@@ -242,7 +242,7 @@ def join_kernel(
         tl.store(start + index * K * V + at, S, mask=mask)
         S_local = tl.load(local + index * K * V + at, mask=mask, other=0.0)
         if DECAY:
-            e = tl.load(decay + ((n * NS + sp) * Hd + h // (H // Hd)).to(tl.int64) * GROUPS + (k if GROUPS > 1 else k * 0), mask=k < K, other=0.0)
+            e = tl.load(decay + ((n * NS + sp) * Hd + h // (H // Hd)).to(tl.int64) * GROUPS + k % GROUPS, mask=k < K, other=0.0)
             S = S * tl.exp2(e)[:, None]
         S = S + S_local
     tl.store(final + (n * H + h).to(tl.int64) * K * V + at, S * out_scale, mask=mask)

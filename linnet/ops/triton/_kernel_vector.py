@@ -1,0 +1,263 @@
+"""Linear attention with one decay per key channel: the four roles of _kernel_scalar.py, decay on the key side or the value side.
+
+    out_t = scale * sum_s sum_c x_tc y_sc z_s e^{G_t - G_s}    the decay belongs to the contracted channels c (o, dv: SIDE_KEY)
+                                                            or to the columns of z and of the output (dq, dk: not SIDE_KEY)
+Everything is transposed, S is [Z, D], so that the state is the register operand of its product and a chunk may be 16 rows.
+Exponents are exact sums of log-decays, products with a 0/1 matrix (16-bit high and low parts): no cumulative sums, no differences,
+and no anchor lies in the future, so a later token changes no earlier result, bit for bit.
+
+FRAME = 16 or 32: a chunk is one or two frames; inside a frame e^{E_t - E_s} = e^{E_t} e^{-E_s}, anchored at the frame's start,
+    which needs |sum over a frame| <= 80: the caller declared log_decay >= -5 (16 rows) or >= -2.5 (32 rows).
+FRAME = 1: any decay. Halving: the pairs (t, s) whose smallest common aligned block has 2h rows decay by e^{sum from the middle to
+    t} e^{sum from s to the middle}, both <= 1: one masked product for every h = C/2 ... 1.
+
+Gate (dk role, GATE): dg_t = D_end + sum_{t' >= t} (q.dq - k.dk)_{t'} per channel. Inside a chunk both products are formed here from
+the same rounded factors, so that the pairs which should cancel do; q.dq through the state comes from the dq role (`inter`); D_end is
+replaced by the exact <S, R> at the end of every block of C*M tokens.
+"""
+
+import triton
+import triton.language as tl
+
+from linnet.ops.triton._kernel_common import first_block, load_tile, split_range, state_at
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def sums(high, low, m, SPLIT: tl.constexpr, IP: tl.constexpr):
+    """[channels, C] sums of log-decays selected by the 0/1 matrix m [C, C], base 2."""
+    e = tl.dot(high, m, input_precision=IP)
+    if SPLIT:
+        e = tl.dot(low, m, e, input_precision=IP)
+    return e * LOG2E
+
+
+@triton.jit
+def vector_role(
+    x, y, z, g, o, other, inter, dg, S_in, S_out, blocks, total, cu,
+    T, BT, stride_x, stride_y, stride_z, stride_g, stride_other, scale, scale_in, scale_out, floor,
+    H, Hx, Hy, Hz, Hg, Ho, H_in, H_out, D, Z, in_d, in_z, ND, NZ, NS,
+    BD: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr, FRAME: tl.constexpr, M: tl.constexpr, STAGES: tl.constexpr,
+    SIDE_KEY: tl.constexpr, REV: tl.constexpr, EXCL: tl.constexpr, OUT: tl.constexpr, DESC: tl.constexpr, ROWS: tl.constexpr,
+    COL_D: tl.constexpr, COL_Z: tl.constexpr, PACKED: tl.constexpr, GATE: tl.constexpr, HAS_IN: tl.constexpr, FIRST: tl.constexpr,
+    HAS_OUT: tl.constexpr, BLOCKS: tl.constexpr, SPLIT: tl.constexpr, IP: tl.constexpr,
+):  # fmt: skip
+    """One role; arguments as in `scalar_role`. GATE: 1 write `inter` (dq role), 2 read it and write dg (dk role)."""
+    pid = tl.program_id(0)
+    iz = pid % NZ
+    id = (pid // NZ) % ND
+    h = (pid // (NZ * ND)) % H
+    part = pid // (NZ * ND * H)
+    sp = part % NS
+    n = part // NS
+    row0, length, begin = split_range(cu, n, sp, T, NS, C * M, PACKED)
+    d = tl.arange(0, BD)
+    zz = tl.arange(0, BZ)
+    cd = id * BD
+    cz = iz * BZ
+    r = tl.arange(0, C)
+    ri = r[:, None]
+    ci = r[None, :]
+    DT: tl.constexpr = y.dtype.element_ty if not DESC else y.dtype
+    BF: tl.constexpr = tl.bfloat16 if DT == tl.float16 else DT  # factors and states may leave the range of fp16
+    TWO: tl.constexpr = C == 2 * FRAME
+    S = tl.zeros([BZ, BD], tl.float32)
+    if HAS_IN:
+        at, mask = state_at(S_in, part * H_in + h // (H // H_in), cd + d, cz + zz, D, Z, in_d, in_z, True)
+        if FIRST:
+            mask = mask & (h % (H // H_in) == 0)
+        S = tl.load(at, mask=mask, other=0.0).to(tl.float32) * scale_in
+    chunks = (length + C - 1) // C
+    block0 = first_block(cu, n, T, C * M, PACKED) + begin // (C * M)
+    if SIDE_KEY:
+        gd = d
+        cg = cd
+        WG = D
+        whole = tl.zeros([BD], tl.float32)
+    else:
+        gd = zz
+        cg = cz
+        WG = Z
+        whole = tl.zeros([BZ], tl.float32)
+    running = tl.zeros([BZ], tl.float32)
+    COL_G: tl.constexpr = COL_D if SIDE_KEY else COL_Z
+    for j in tl.range(0, chunks, num_stages=STAGES):
+        c = chunks - 1 - j if REV else j
+        row = row0 + c * C
+        ok = c * C + r < length
+        yb = load_tile(y, row, ok, stride_y, (h // (H // Hy)) * D + cd, D - cd, d, DESC, ROWS, COL_D)
+        zb = load_tile(z, row, ok, stride_z, (h // (H // Hz)) * Z + cz, Z - cz, zz, DESC, ROWS, COL_Z)
+        gb = load_tile(g, row, ok, stride_g, (h // (H // Hg)) * WG + cg, WG - cg, gd, DESC, ROWS, COL_G)
+        if OUT:
+            xb = load_tile(x, row, ok, stride_x, (h // (H // Hx)) * D + cd, D - cd, d, DESC, ROWS and not DESC, COL_D)
+        gb = tl.trans(tl.maximum(gb, floor))
+        high = gb.to(BF)
+        low = (gb - high.to(tl.float32)).to(BF)
+        whole += tl.sum(gb.to(tl.float32), 1)
+        # ---- factors: fq, fk inside a frame; sq, sk between the chunk's state and its tokens; dec over the chunk
+        if FRAME > 1:
+            upto = (ri <= ci) & (ri // FRAME == ci // FRAME)
+            E = sums(high, low, upto.to(BF), SPLIT, IP)
+            if EXCL:
+                fq = tl.exp2(sums(high, low, (upto & (ri < ci)).to(BF), SPLIT, IP))
+            else:
+                fq = tl.exp2(E)
+            fk = tl.exp2(-E)
+            if TWO:
+                w1 = tl.exp2(tl.sum(tl.where(ci == FRAME - 1, E, 0.0), 1))[:, None]
+                w2 = tl.exp2(tl.sum(tl.where(ci == C - 1, E, 0.0), 1))[:, None]
+                sq = fq * tl.where(ci >= FRAME, w1, 1.0)
+                sk = fk * tl.where(ci < FRAME, w1, 1.0) * w2
+                dec = w1 * w2
+            else:
+                dec = tl.exp2(tl.sum(tl.where(ci == C - 1, E, 0.0), 1))[:, None]
+                sq = fq
+                sk = fk * dec
+        else:
+            sq = tl.exp2(sums(high, low, (ri < ci if EXCL else ri <= ci).to(BF), SPLIT, IP))
+            sk = tl.exp2(sums(high, low, (ri > ci).to(BF), SPLIT, IP))
+            dec = tl.exp2(tl.sum(gb.to(tl.float32), 1) * LOG2E)[:, None]
+        if REV:  # rows: the token that is summed over (in); columns: the token that is computed (out)
+            keep = (ci < ri) if (EXCL or FRAME == 1 or not SIDE_KEY) else (ci <= ri)
+        else:
+            keep = (ci > ri) if (EXCL or FRAME == 1 or not SIDE_KEY) else (ci >= ri)
+        zt = tl.trans(zb)
+        at_z = id.to(tl.int64) * BT * H * Z + (row + r).to(tl.int64)[None, :] * (H * Z) + h * Z + (cz + zz)[:, None]
+        if SIDE_KEY:
+            yt = tl.trans(yb)
+            if OUT:
+                xt = tl.trans(xb)
+                if FRAME > 1:
+                    if REV:
+                        xf = (xt * fk).to(BF)
+                        yf = (yt * fq).to(BF)
+                    else:
+                        xf = (xt * fq).to(BF)
+                        yf = (yt * fk).to(BF)
+                    A = tl.dot(tl.trans(yf), xf, input_precision=IP)
+                    A = tl.where(keep & (ri // FRAME == ci // FRAME), A, 0.0)
+                else:
+                    A = tl.zeros([C, C], tl.float32)
+                    for i in tl.static_range(0, 6):
+                        hh: tl.constexpr = C >> (i + 1)
+                        if hh >= 1:
+                            middle = (ci // (2 * hh)) * (2 * hh) + hh
+                            after = (ri >= middle) & (ri < ci if EXCL else ri <= ci) & (ci >= middle)
+                            before = (ri > ci) & (ri < middle) & (ci < middle)
+                            fl = tl.exp2(sums(high, low, (after | before).to(BF), SPLIT, IP))
+                            Al = tl.dot(tl.trans((yt * fl).to(BF)), (xt * fl).to(BF), input_precision=IP)
+                            A = tl.where(keep & (ri // (2 * hh) == ci // (2 * hh)) & (ri // hh != ci // hh), Al, A)
+                    if not EXCL:
+                        own = tl.sum(xt.to(tl.float32) * yt.to(tl.float32), 0)
+                        A = tl.where(ri == ci, own[None, :], A)
+                if REV:
+                    xs = (xt * sk).to(BF)
+                else:
+                    xs = (xt * sq).to(BF)
+                if TWO and not REV:
+                    A = tl.where(keep & (ri // FRAME != ci // FRAME), tl.dot(tl.trans(yf), xs, input_precision=IP), A)
+                O = tl.dot(S.to(BF), xs, input_precision=IP)
+            if REV:
+                ys = (yt * sq).to(BF)
+            else:
+                ys = (yt * sk).to(BF)
+            if OUT:
+                if TWO and REV:
+                    A = tl.where(keep & (ri // FRAME != ci // FRAME), tl.dot(tl.trans(ys), xf, input_precision=IP), A)
+                O = tl.dot(zt.to(BF), A.to(BF), O, input_precision=IP)
+            S = tl.dot(zt.to(BF), tl.trans(ys), S * tl.trans(dec), input_precision=IP)
+        else:
+            if BLOCKS == 2:
+                if (c + 1) % M == 0 or c == chunks - 1:
+                    at, mask = state_at(blocks, (block0 + c // M) * H + h, cd + d, cz + zz, D, Z, Z, 1, True)
+                    running = tl.sum(S * tl.load(at, mask=mask, other=0.0).to(tl.float32), 1) * scale
+            P = tl.dot(yb, tl.trans(xb), input_precision=IP)
+            if REV:
+                fo = sk
+                zs = (zt * sq).to(BF)
+            else:
+                fo = sq
+                zs = (zt * sk).to(BF)
+            if not EXCL:
+                own = tl.sum(tl.where(ri == ci, P, 0.0), 0)
+            P = tl.where(keep, P, 0.0)
+            O = tl.dot(S.to(BF), tl.trans(xb).to(BF), input_precision=IP) * fo
+            inside = (cz + zz < Z)[:, None] & ok[None, :]
+            if GATE == 1:
+                tl.store(inter + at_z, (O * scale).to(inter.dtype.element_ty), mask=inside)
+            if GATE == 2:
+                kt = tl.trans(load_tile(other, row, ok, stride_other, (h // (H // Ho)) * Z + cz, Z - cz, zz, DESC, ROWS, COL_Z))
+                w = zt.to(tl.float32) * tl.load(inter + at_z, mask=inside, other=0.0).to(tl.float32)
+                w -= kt.to(tl.float32) * O * scale
+                Q = tl.where((ci > ri), tl.dot(xb, tl.trans(yb), input_precision=IP), 0.0)  # the same products, [out, in]
+                wq = tl.zeros([BZ, C], tl.float32)
+                wk = tl.zeros([BZ, C], tl.float32)
+            if FRAME > 1:
+                if REV:
+                    fi = fk
+                    zf = (zt * fq).to(BF)
+                else:
+                    fi = fq
+                    zf = (zt * fk).to(BF)
+                same = ri // FRAME == ci // FRAME
+                Y = tl.dot(zf, (tl.where(same, P, 0.0) if TWO else P).to(BF), input_precision=IP)
+                if TWO and REV:
+                    Y = tl.dot(zs, tl.where(same, 0.0, P).to(BF), Y, input_precision=IP)
+                O += Y * fi
+                if TWO and not REV:
+                    O += tl.dot(zf, tl.where(same, 0.0, P).to(BF), input_precision=IP) * fo
+                if GATE == 2:
+                    kf = (kt * fk).to(BF)
+                    wk = kf.to(tl.float32) * Y
+                    wq = zf.to(tl.float32) * tl.dot(kf, (tl.where(same, Q, 0.0) if TWO else Q).to(BF), input_precision=IP)
+                    if TWO:
+                        wq += zs.to(tl.float32) * tl.dot(kf, tl.where(same, 0.0, Q).to(BF), input_precision=IP)
+            else:
+                for i in tl.static_range(0, 6):
+                    hh: tl.constexpr = C >> (i + 1)
+                    if hh >= 1:
+                        middle = (ci // (2 * hh)) * (2 * hh) + hh
+                        after = (ri >= middle) & (ri < ci if EXCL else ri <= ci) & (ci >= middle)
+                        before = (ri > ci) & (ri < middle) & (ci < middle)
+                        fl = tl.exp2(sums(high, low, (after | before).to(BF), SPLIT, IP))
+                        level = (ri // (2 * hh) == ci // (2 * hh)) & (ri // hh != ci // hh)
+                        zl = (zt * fl).to(BF)
+                        Y = tl.dot(zl, tl.where(level, P, 0.0).to(BF), input_precision=IP)
+                        O += Y * fl
+                        if GATE == 2:
+                            kl = (kt * fl).to(BF)
+                            wk += kl.to(tl.float32) * Y
+                            wq += zl.to(tl.float32) * tl.dot(kl, tl.where(level, Q, 0.0).to(BF), input_precision=IP)
+            if not EXCL:
+                O += own[None, :] * zt.to(tl.float32)
+            S = tl.dot(zs, yb.to(BF), S * dec, input_precision=IP)
+            if GATE == 2:
+                w += (wq - wk) * scale
+                wh = w.to(BF)
+                tail = (ri >= ci).to(BF)
+                R = tl.dot(wh, tail, input_precision=IP)
+                if BF != tl.float32:
+                    R = tl.dot((w - wh.to(tl.float32)).to(BF), tail, R, input_precision=IP)
+                R += running[:, None]
+                if EXCL:
+                    R -= wq * scale + zt.to(tl.float32) * tl.load(inter + at_z, mask=inside, other=0.0).to(tl.float32)
+                running += tl.sum(w, 1)
+                tl.store(dg + at_z, R.to(dg.dtype.element_ty), mask=inside)
+            if BLOCKS == 1:
+                if (c + 1) % M == 0 or c == chunks - 1:
+                    at, mask = state_at(blocks, (block0 + c // M) * H + h, cd + d, cz + zz, D, Z, Z, 1, True)
+                    tl.store(at, S.to(blocks.dtype.element_ty), mask=mask)
+        if OUT:
+            op = o + at_z
+            if ROWS or COL_Z:
+                tl.store(op, (O * scale).to(o.dtype.element_ty), mask=ok[None, :] & (cz + zz < Z)[:, None])
+            else:
+                tl.store(op, (O * scale).to(o.dtype.element_ty))
+    if HAS_OUT:
+        rep = H // H_out
+        at, mask = state_at(S_out, part * H_out + h // rep, cd + d, cz + zz, D, Z, in_d, in_z, True)
+        tl.store(at, S * scale_out, mask=mask & (h % rep == 0))
+        if not OUT and SIDE_KEY:
+            if iz == 0:
+                tl.store(total + (part * H + h).to(tl.int64) * D + cd + d, whole * LOG2E, mask=cd + d < D)

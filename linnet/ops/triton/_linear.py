@@ -1,0 +1,187 @@
+"""Linear attention, forward and backward, as launches of the role kernels (imports triton)."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from linnet.ops.triton._kernel_scalar import gate_kernel, join_kernel, scalar_role
+from linnet.ops.triton._kernel_step import step_kernel
+from linnet.ops.triton._kernel_vector import vector_role
+from linnet.ops.triton._plan import Call, rows_of
+
+
+def _role(
+    call: Call, role: str, x, y, z, *, heads=None, out=None, splits=1, S_in=None, first=False, scale_in=1.0, S_out=None,
+    scale_out=1.0, other=None, weights=None, inter=None, dg=None, blocks=None, products=None, total=None,
+):  # fmt: skip
+    """Launch one role. x None: only the state and its total decay. Returns the number of partial results per output."""
+    t = call.tile(role)
+    H = call.H if heads is None else heads
+    D, Z = y.shape[3], z.shape[3]
+    BD = max(16, min(triton.next_power_of_2(D), t.BD))
+    BZ = max(16, min(triton.next_power_of_2(Z), t.BZ))
+    ND, NZ = triton.cdiv(D, BD), triton.cdiv(Z, BZ)
+    vector, key_side, reverse = call.kind == "vector", role in ("o", "dv"), role in ("dk", "dv")
+    C = max(16, min(t.C, triton.next_power_of_2(call.T))) if not vector else (max(t.C, call.frame) if call.frame > 1 else t.C)
+    M = call.block // C
+    rows = call.cu is not None or call.T % C != 0
+    operands = [None if a is None else rows_of(a) for a in (x, y, z)]
+    gate = call.g if vector else None
+    widths = [BD, BD, BZ, BD if key_side else BZ]
+    desc = t.descriptors and D % BD == 0 and Z % BZ == 0
+    other = None if other is None else rows_of(other)
+    stride_other, Ho = (other.stride(1), other.shape[2]) if other is not None else (0, 1)
+    for a in (*operands, gate, other):
+        desc = desc and (a is None or (a.data_ptr() % 16 == 0 and a.stride(1) > 0 and a.stride(1) * a.element_size() % 16 == 0))
+    strides = [0 if a is None else a.stride(1) for a in operands]
+    counts = [1 if a is None else a.shape[2] for a in operands]
+    g = call.g
+    stride_g, Hg = (g.stride(1), g.shape[2]) if g is not None else (0, 1)
+    if desc:
+        tokens = call.B * call.T
+        wrap = lambda a, w: a if a is None else TensorDescriptor(a, [tokens, a.shape[2] * a.shape[3]], [a.stride(1), 1], [C, w])
+        operands = [wrap(a, w) for a, w in zip(operands, widths, strict=False)]
+        g = wrap(g, widths[3]) if vector else g
+        other = wrap(other, BZ)
+    in_d, in_z = (Z, 1) if key_side else (1, D)
+    H_in = 1 if S_in is None else S_in.shape[1]
+    H_out = H if S_out is None else S_out.shape[1]
+    shared = dict(
+        BD=BD, BZ=BZ, C=C, M=M, STAGES=t.stages, REV=reverse, EXCL=call.exclusive, OUT=x is not None, DESC=desc, ROWS=rows,
+        COL_D=D % BD != 0, COL_Z=Z % BZ != 0, PACKED=call.cu is not None, HAS_IN=S_in is not None, FIRST=first,
+        HAS_OUT=S_out is not None, BLOCKS=0 if blocks is None else 2 if role == "dk" else 1, num_warps=t.warps,
+    )  # fmt: skip
+    sizes = (call.T, call.B * call.T, *strides, stride_g, stride_other, call.scale, scale_in, scale_out)
+    counts = (H, *counts, Hg, Ho, H_in, H_out, D, Z, in_d, in_z, ND, NZ, splits)
+    fp32 = call.dtype == torch.float32
+    precision = "tf32x3" if fp32 else "tf32"
+    grid = (call.N * splits * H * ND * NZ,)
+    if vector:
+        vector_role[grid](
+            *operands, g, out, other, inter, dg, S_in, S_out, blocks, total, call.cu, *sizes, call.floor, *counts,
+            FRAME=call.frame, SIDE_KEY=key_side, GATE=0 if inter is None else 2 if role == "dk" else 1, SPLIT=not fp32 and call.g.dtype == torch.float32,
+            IP=precision, **shared,
+        )  # fmt: skip
+    else:
+        scalar_role[grid](
+            *operands, g, out, other, total if x is None else weights, S_in, S_out, blocks, products, call.cu, *sizes, *counts,
+            TR=t.transposed, DECAY=call.kind == "scalar", GATE=weights is not None, F64=fp32, IP=precision, **shared,
+        )  # fmt: skip
+    return ND, NZ
+
+
+def _partials(call: Call, role: str, like: Tensor, D: int) -> Tensor:
+    """Output of a role for operand `like`: in its dtype where one program owns a value, else fp32 parts to be added."""
+    ND = -(-D // max(16, min(triton.next_power_of_2(D), call.tile(role).BD)))
+    shape = (ND, call.B, call.T, call.H, like.shape[3])
+    exact = ND > 1 or like.shape[2] != call.H
+    return torch.empty(shape, dtype=torch.float32 if exact else like.dtype, device=like.device)
+
+
+def _fold(parts: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """Add the parts and the heads that share an operand head: [P, B, T, H, D] -> [B, T, heads, D]."""
+    if parts.shape[0] > 1:
+        parts = parts.sum(0, keepdim=True)
+    x = parts[0]
+    if x.shape[2] != heads:
+        x = x.unflatten(2, (heads, -1)).sum(3)
+    return x.to(dtype)
+
+
+def _split_states(call: Call, role: str, y: Tensor, z: Tensor, heads: int, S_in, first: bool, scale_in: float, scale_out: float):
+    """States at the starts of all splits [N*NS, heads, K, V] and the final ones [N, heads, K, V]."""
+    NS, K, V = call.splits, call.K, call.V
+    new = functools.partial(torch.empty, dtype=torch.float32, device=y.device)
+    local, start, final = new(call.N * NS, heads, K, V), new(call.N * NS, heads, K, V), new(call.N, heads, K, V)
+    groups = K if call.kind == "vector" else 1
+    total = new(call.N * NS, heads, groups) if call.kind != "none" else None
+    _role(call, role, None, y, z, heads=heads, splits=NS, S_out=local, total=total)
+    H_in = 1 if S_in is None else S_in.shape[1]
+    BK, BV = 16, 64
+    join_kernel[(triton.cdiv(V, BV), call.N * heads, triton.cdiv(K, BK))](
+        local, total, S_in, start, final, NS, heads, heads, H_in, K, V, scale_in, scale_out, groups, BK, BV,
+        REV=role == "dv", DECAY=call.kind != "none", HAS_IN=S_in is not None, FIRST=first,
+    )  # fmt: skip
+    return start, final
+
+
+def forward(q, k, v, g, S0, cu, scale: float, exclusive: bool, heads: int, bound: float | None):
+    """o [B, T, H, V], final state [N, heads, K, V] and the states at the starts of the splits (empty without splits)."""
+    call = Call(q, v, g, cu, scale, exclusive, heads, bound)
+    S0 = None if S0 is None else S0.contiguous()
+    parts = _partials(call, "o", v.new_empty(1, 1, call.H, call.V), call.K)
+    if call.splits > 1:
+        start, S = _split_states(call, "o", k, v, heads, S0, False, 1.0, 1.0)
+        _role(call, "o", q, k, v, out=parts, splits=call.splits, S_in=start)
+    else:
+        S = torch.empty(call.N, heads, call.K, call.V, dtype=torch.float32, device=q.device)
+        start = S.new_empty(0)
+        _role(call, "o", q, k, v, out=parts, S_in=S0, S_out=S)
+    return _fold(parts, call.H, v.dtype), S, start
+
+
+def backward(do, dS, start, q, k, v, g, S0, cu, scale: float, exclusive: bool, heads: int, bound: float | None, need_dg: bool):
+    """Gradients of q, k, v, g (None without decay or need) and of the initial state."""
+    call = Call(q, v, g, cu, scale, exclusive, heads, bound)
+    do = do.contiguous()
+    H, K, V, NS, NB = call.H, call.K, call.V, call.splits, call.block_count()
+    S0 = start if NS > 1 else None if S0 is None else S0.contiguous()
+    dS = None if dS is None else dS.contiguous()
+    gate = g is not None and need_dg
+    new = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
+    dq, dk, dv = _partials(call, "dq", q, V), _partials(call, "dk", k, V), _partials(call, "dv", v, K)
+    if NS > 1:
+        R_in, dS0 = _split_states(call, "dv", q, do, H, dS, True, 1 / scale, scale)
+        into = dict(splits=NS, S_in=R_in)
+    else:
+        dS0 = new(call.N, H, K, V)
+        into = dict(S_in=dS, first=True, scale_in=1 / scale)
+    blocks = new(NB, H, V, K).to(q.dtype if q.dtype != torch.float16 else torch.bfloat16) if gate else None
+    extra_q, extra_k, ND = dict(blocks=blocks), dict(blocks=blocks), dq.shape[0]
+    if gate and call.kind == "vector":
+        inter = torch.empty(dq.shape[0], call.B, call.T, H, K, dtype=blocks.dtype, device=q.device)
+        dg = new(ND, call.B, call.T, H, K)
+        extra_q |= dict(inter=inter)
+        extra_k |= dict(inter=inter, other=k, dg=dg)
+    elif gate:
+        NQ, NK = (ND * -(-K // max(16, min(triton.next_power_of_2(K), call.tile(r).BZ))) for r in ("dq", "dk"))
+        query, key, products = new(NQ, H, call.B * call.T), new(NK, H, call.B * call.T), new(NB, H, NK)
+        extra_q |= dict(weights=query, other=q)
+        extra_k |= dict(weights=key, other=k, products=products)
+    _role(call, "dq", do, v, k, out=dq, splits=NS, S_in=S0, **extra_q)
+    _role(call, "dk", v, do, q, out=dk, **into, **extra_k)
+    _role(call, "dv", k, q, do, out=dv, **into, **(dict(S_out=dS0, scale_out=scale) if NS == 1 else {}))
+    if gate and call.kind == "vector":
+        dg = _fold(dg, g.shape[2], torch.float32)
+    elif gate:
+        dg = new(call.B, call.T, g.shape[2], 1)
+        gate_kernel[(NB, g.shape[2])](
+            query, key, products, dg, cu, call.T, call.B * call.T, call.N, H, g.shape[2], NQ, NK, call.block, exclusive, cu is not None
+        )
+    if H != heads:
+        dS0 = dS0.unflatten(1, (heads, -1)).sum(2)
+    return _fold(dq, q.shape[2], q.dtype), _fold(dk, k.shape[2], k.dtype), _fold(dv, v.shape[2], v.dtype), dg if gate else None, dS0
+
+
+def step(q, k, v, g, S0, scale: float, exclusive: bool, heads: int):
+    """One token: o [B, 1, H, V] and the new state, each state read once and written once."""
+    B, _, Hq, K = q.shape
+    V, H = v.shape[3], max(Hq, heads)
+    q, k, v = (rows_of(a) for a in (q, k, v))
+    g = None if g is None else rows_of(g)
+    S0 = None if S0 is None else S0.contiguous()
+    o = torch.empty(B, 1, H, V, dtype=v.dtype, device=v.device)
+    S = torch.empty(B, heads, K, V, dtype=torch.float32, device=v.device)
+    BK = triton.next_power_of_2(K)
+    BV = max(4, min(triton.next_power_of_2(V), 4096 // BK, 64))
+    step_kernel[(triton.cdiv(V, BV), B * heads)](
+        q, k, v, g, S0, S, o, q.stride(0), k.stride(0), v.stride(0), 0 if g is None else g.stride(0), scale,
+        heads, H, Hq, k.shape[2], v.shape[2], 1 if g is None else g.shape[2], K, V,
+        BK=BK, BV=BV, DECAY=g is not None, VECTOR=g is not None and g.shape[3] > 1, EXCL=exclusive, HAS_IN=S0 is not None, num_warps=4,
+    )  # fmt: skip
+    return o, S

@@ -1,0 +1,77 @@
+"""What a call of linear attention needs to know before any kernel runs: sizes, kind of decay, configuration, splits of the time.
+
+Imports no triton: the fake implementations use it, too.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from linnet.ops.triton import _table
+
+SAFE_EXPONENT = 80.0  # e^80 and e^-80 are in the range of fp32 and bf16
+
+
+@functools.lru_cache(None)
+def device_facts(index: int | None) -> tuple[str, int]:
+    """Architecture and number of multiprocessors; index None: Triton's interpreter on the CPU."""
+    if index is None:
+        return "sm90", 2
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm{major}{minor}", torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def facts(x: Tensor) -> tuple[str, int]:
+    return device_facts(x.device.index if x.is_cuda else None)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x [B, T, H, D] itself if its tokens are equally spaced rows of H*D packed values, a packed copy otherwise."""
+    B, T, H, D = x.shape
+    packed = (D == 1 or x.stride(3) == 1) and (H == 1 or x.stride(2) == D) and (B == 1 or x.stride(0) == T * x.stride(1))
+    return x if packed else x.contiguous()
+
+
+def frame_rows(kind: str, dtype: torch.dtype, bound: float | None) -> int:
+    """Rows over which a declared bound keeps products in range; 1: halving, for any decay."""
+    if kind != "vector" or bound is None or dtype == torch.float16 or 16 * -bound > SAFE_EXPONENT:
+        return 1
+    return 32 if 32 * -bound <= SAFE_EXPONENT and dtype != torch.float32 else 16
+
+
+class Call:
+    """What all roles of one call share."""
+
+    def __init__(self, q: Tensor, v: Tensor, g: Tensor | None, cu: Tensor | None, scale: float, exclusive: bool, heads: int, bound: float | None):
+        self.B, self.T = q.shape[:2]
+        self.K, self.V = q.shape[3], v.shape[3]
+        self.N = self.B if cu is None else cu.shape[0] - 1
+        self.heads, self.H = heads, max(q.shape[2], heads)
+        self.cu, self.scale, self.exclusive = cu, scale, exclusive
+        self.g = None if g is None else rows_of(g)
+        self.kind = "none" if g is None else "scalar" if g.shape[3] == 1 else "vector"
+        self.dtype = q.dtype
+        self.frame = frame_rows(self.kind, q.dtype, bound)
+        self.floor = -SAFE_EXPONENT / self.frame if self.frame > 1 else -200.0
+        self.architecture, self.processors = facts(q)
+        self.table_kind = "scalar" if self.kind != "vector" else "vector" if self.frame > 1 else "exact"
+
+    def tile(self, role: str) -> _table.Tile:
+        return _table.tile(self.architecture, self.table_kind, role, self.dtype.itemsize)
+
+    @property
+    def block(self) -> int:
+        """Tokens between the states that the gate's gradient uses; splits of the time are multiples of it."""
+        t = self.tile("dk")
+        return t.C * t.M
+
+    @property
+    def splits(self) -> int:
+        t = self.tile("o")
+        return _table.splits(self.N * self.heads * -(-self.V // t.BZ), self.T, self.block, self.processors)
+
+    def block_count(self) -> int:
+        return self.T // self.block + self.N if self.cu is not None else self.N * -(-self.T // self.block)

@@ -1,0 +1,46 @@
+"""Launch configurations of the linear-attention kernels, chosen by measurement; nothing is tuned when an operator is called.
+
+A key is (architecture, decay kind, role, contraction width bucket, bytes per element); the value a `Tile`. An entry is only added
+after its gradients passed the check of `python -m linnet.bench.gpu --check`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Tile:
+    """C tokens a chunk, BZ columns a program, M chunks a block of the gate's gradient, frame rows (vector decay)."""
+
+    C: int = 64
+    BZ: int = 64
+    warps: int = 4
+    stages: int = 2
+    M: int = 2
+    transposed: bool = True
+    descriptors: bool = True
+    BD: int = 128  # widest contraction block; wider operands are cut into several
+
+
+SCALAR = {"o": Tile(), "dq": Tile(), "dk": Tile(), "dv": Tile()}
+VECTOR = {role: Tile(C=32, M=8) for role in ("o", "dq", "dk", "dv")}
+EXACT = {role: Tile(C=16, M=16) for role in ("o", "dq", "dk", "dv")}
+FP32 = {"scalar": Tile(C=32, BZ=32, M=4, stages=1), "vector": Tile(C=16, BZ=32, M=8, stages=1), "exact": Tile(C=16, BZ=32, M=8, stages=1)}
+TABLE = {"sm90": {"scalar": SCALAR, "vector": VECTOR, "exact": EXACT}}
+DEFAULT_ARCHITECTURE = "sm90"
+
+
+def tile(architecture: str, kind: str, role: str, element_size: int) -> Tile:
+    """The configuration of one role; architectures without measurements use those of sm90, without tensor descriptors before it."""
+    if element_size == 4:
+        chosen = FP32[kind]
+    else:
+        chosen = TABLE.get(architecture, TABLE[DEFAULT_ARCHITECTURE])[kind][role]
+    return replace(chosen, descriptors=False) if architecture < "sm90" else chosen
+
+
+def splits(programs: int, tokens: int, unit: int, processors: int) -> int:
+    """Into how many parts the time of a sequence is cut so that `programs` programs fill the processors; exact for any number."""
+    wanted = -(-2 * processors // max(programs, 1))
+    return max(1, min(wanted, tokens // (4 * unit))) if wanted > 1 else 1

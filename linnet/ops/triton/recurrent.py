@@ -1,0 +1,142 @@
+"""Backend `triton` of linear_attention: custom operators around the GPU kernels. Triton itself is imported at the first call."""
+
+# No `from __future__ import annotations` here: custom operators read their schema from the annotations.
+
+import importlib
+import importlib.util
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from linnet.ops import _algebra
+from linnet.ops._autograd import refuse_double_backward
+from linnet.ops._dispatch import implements
+from linnet.ops.triton._plan import Call
+
+
+def _kernels():
+    return importlib.import_module("linnet.ops.triton._linear")
+
+
+@torch.compiler.assume_constant_result
+def unavailable(device: str, index: int) -> str | None:
+    """Why Triton kernels cannot run on a device here; None if they can. Imports triton, so only asked when it is needed."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        interpreted = importlib.import_module("triton").knobs.runtime.interpret
+        if device == "cuda" and not interpreted and torch.cuda.get_device_capability(index) < (8, 0):
+            return "the GPU is older than compute capability 8.0"
+        _kernels()
+    except Exception as error:  # a broken installation must not break the other backends
+        return f"triton cannot be imported ({type(error).__name__}: {error})"
+    return None if device == "cuda" or interpreted else "the kernels need a CUDA device (or Triton's interpreter)"
+
+
+def _interpreting() -> bool:
+    """Whether kernels already loaded run under Triton's interpreter; never imports triton."""
+    import sys
+
+    return "triton" in sys.modules and bool(sys.modules["triton"].knobs.runtime.interpret)
+
+
+def supports(arguments: dict) -> str | None:
+    """Reason why a call cannot run on these kernels, None if it can."""
+    q = arguments["q"]
+    if q.device.type != "cuda" and not (q.device.type == "cpu" and _interpreting()):
+        return "the kernels need a CUDA device (or Triton's interpreter)"
+    dtypes = [x.dtype for x in arguments.values() if isinstance(x, Tensor) and x.is_floating_point() or isinstance(x, Tensor) and x.is_complex()]
+    allowed = (torch.float32, torch.bfloat16, torch.float16)
+    if any(d not in allowed for d in dtypes):
+        return "operands must be float32, bfloat16 or float16"
+    if arguments["scale"] == 0:
+        return "scale must not be zero"
+    return unavailable(q.device.type, q.device.index or 0)
+
+
+@torch.library.custom_op("linnet::triton_linear_attention", mutates_args=())
+def linear_op(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, S0: Tensor | None, cu_seqlens: Tensor | None,
+    scale: float, exclusive: bool, heads: int, bound: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _kernels().forward(q, k, v, g, S0, cu_seqlens, scale, exclusive, heads, bound)
+
+
+def _rows(q: Tensor, cu_seqlens: Tensor | None):
+    return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+@linear_op.register_fake
+def _(q, k, v, g, S0, cu_seqlens, scale, exclusive, heads, bound):
+    B, T, Hq, K = q.shape
+    V = v.shape[3]
+    o = v.new_empty(B, T, max(Hq, heads), V)
+    S = q.new_empty(_rows(q, cu_seqlens), heads, K, V, dtype=torch.float32)
+    plan = Call(q, v, g, cu_seqlens, scale, exclusive, heads, bound)
+    shape = (plan.N * plan.splits, heads, K, V) if plan.splits > 1 else (0,)
+    return o, S, q.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("linnet::triton_linear_attention_backward", mutates_args=())
+def linear_backward_op(
+    do: Tensor, dS: Tensor | None, start: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, S0: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, exclusive: bool, heads: int, bound: float | None, need_dg: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv, dg, dS0 = _kernels().backward(
+        do, dS, start, q, k, v, g, S0, cu_seqlens, scale, exclusive, heads, bound, need_dg
+    )
+    return dq, dk, dv, q.new_empty(0) if dg is None else dg, dS0
+
+
+@linear_backward_op.register_fake
+def _(do, dS, start, q, k, v, g, S0, cu_seqlens, scale, exclusive, heads, bound, need_dg):
+    new = lambda x, dtype: torch.empty(x.shape, dtype=dtype, device=x.device)
+    dg = new(g, torch.float32) if g is not None and need_dg else q.new_empty(0)
+    S = q.new_empty(_rows(q, cu_seqlens), heads, q.shape[3], v.shape[3], dtype=torch.float32)
+    return new(q, q.dtype), new(k, k.dtype), new(v, v.dtype), dg, S
+
+
+def _setup(ctx, inputs, output):
+    q, k, v, g, S0, cu_seqlens, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, g, S0, cu_seqlens, output[2])
+
+
+def _backward(ctx, do, dS, _):
+    q, k, v, g, S0, cu_seqlens, start = ctx.saved_tensors
+    need_dg = g is not None and ctx.needs_input_grad[3]
+    dq, dk, dv, dg, dS0 = linear_backward_op(do, dS, start, q, k, v, g, S0, cu_seqlens, *ctx.options, need_dg)
+    dg = dg.to(g.dtype) if need_dg else None
+    dS0 = None if S0 is None else dS0.to(S0.dtype)
+    return dq, dk, dv, dg, dS0, None, None, None, None, None
+
+
+linear_op.register_autograd(_backward, setup_context=_setup)
+refuse_double_backward(linear_backward_op)
+
+
+@torch.library.custom_op("linnet::triton_linear_attention_step", mutates_args=())
+def step_op(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, S0: Tensor | None, scale: float, exclusive: bool, heads: int
+) -> tuple[Tensor, Tensor]:
+    return _kernels().step(q, k, v, g, S0, scale, exclusive, heads)
+
+
+@step_op.register_fake
+def _(q, k, v, g, S0, scale, exclusive, heads):
+    S = q.new_empty(q.shape[0], heads, q.shape[3], v.shape[3], dtype=torch.float32)
+    return v.new_empty(q.shape[0], 1, max(q.shape[2], heads), v.shape[3]), S
+
+
+def linear_core(q, k, v, g, S0, cu_seqlens, scale, exclusive, heads, dtype, bound=None):
+    """A linear core of linnet/ops/_algebra.py; `dtype` is fp32 here."""
+    recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, S0))
+    if q.shape[1] == 1 and cu_seqlens is None and not recorded:
+        return step_op(q, k, v, g, S0, scale, exclusive, heads)
+    return linear_op(q, k, v, g, S0, cu_seqlens, scale, exclusive, heads, bound)[:2]
+
+
+@implements("linear_attention", "triton", supports)
+def linear_attention(**arguments):
+    bound = arguments["log_decay_min"] if arguments["log_gain"] is None else None  # a log-gain changes the decay
+    return _algebra.linear_attention(partial(linear_core, bound=bound), **arguments)
