@@ -10,6 +10,7 @@ from linnet.ops import torch as torch
 from linnet.ops._dispatch import backends_of, choose, debug, execute, operators, use_handler
 from linnet.ops.affine import Segment, summarize, summarize_grad
 from linnet.ops.attention import softmax_attention
+from linnet.ops.convolution import long_conv
 from linnet.ops.elementwise import cumulative_logsumexp, scan, selective_scan, short_conv, token_shift
 from linnet.ops.recurrent import delta_rule, dplr, linear_attention
 
@@ -23,6 +24,7 @@ __all__ = [
     "dplr",
     "execute",
     "linear_attention",
+    "long_conv",
     "operators",
     "scan",
     "selective_scan",

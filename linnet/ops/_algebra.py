@@ -2,10 +2,11 @@
 
 A core knows q, k, v, a per-token decay and an initial state:
     linear(q, k, v, g, S0, cu_seqlens, scale, exclusive, heads, dtype, **tuning) -> o, S
-    delta(q, e, p, u, g, S0, cu_seqlens, scale, before_decay, exclusive, heads, dtype, **tuning) -> o, S
+    delta(q, k, p, v, erase, write, g, S0, cu_seqlens, scale, before_decay, exclusive, heads, dtype, **tuning) -> o, S
     dplr(q, e, w, p, u, g, S0, cu_seqlens, scale, heads, dtype, **tuning) -> o, S
 with g None | [B, T, H_g, 1 or K] in `dtype`, S0 None | [N, heads, K, V], o [B, T, H, V], S [N, heads, K, V] in `dtype`;
-exclusive: the query reads before the step; before_decay: e reads the undecayed state. Everything else is elementwise and
+exclusive: the query reads before the step; before_decay: e reads the undecayed state. In delta, e = erase * k and u = write * v
+with erase and write None (one) or [B, T, H, 1] in `dtype`, and k None for k = p. Everything else is elementwise and
 differentiated by PyTorch: several steps per token become a finer time grid (decay on the first step, query on the last), a
 normaliser becomes one more value column of ones, a log-gain becomes a decay and a factor of k relative to its running
 maximum, a bonus is (q . bonus k) v.
@@ -164,12 +165,18 @@ def delta_rule(
     dtype = accumulate_dtype(q, log_decay, erase, write)
     g = per_token_decay(log_decay, *q.shape[:2], dtype)
     q, g, cu_steps = finer_grid(q, g, cu_seqlens, n, first=exclusive)
-    e, p = gate(erase.to(dtype), k), k if write_key is None else write_key
-    u = gate((erase if write is None else write).to(dtype), v)
-    q, p = q.to(e.dtype), p.to(e.dtype)
-    heads = max(x.shape[2] for x in (e, p, u, g) if x is not None)
+    write = erase if write is None else write
+    p = k if write_key is None else write_key
+    k = None if write_key is None else k
+    erase, write = erase.to(dtype), write.to(dtype)
+    if erase.ndim == 4:
+        k, erase = gate(erase, p if k is None else k), None
+    if write.ndim == 4:
+        v, write = gate(write, v), None
+    erase, write = (None if x is None else x.unsqueeze(-1) for x in (erase, write))
+    heads = max(x.shape[2] for x in (k, p, v, erase, write, g) if x is not None)
     S0 = None if initial_state is None else initial_state[0]
-    o, S = core(q, e, p, u, g, S0, cu_steps, scale, before_decay, exclusive, heads, dtype, **tuning)
+    o, S = core(q, k, p, v, erase, write, g, S0, cu_steps, scale, before_decay, exclusive, heads, dtype, **tuning)
     return last_steps(o, n, first=exclusive).to(out_dtype), (S,) if return_state else None
 
 

@@ -24,6 +24,9 @@ SMALL = {
     "based": {"feature_size": 4},
     "rebased": {"feature_size": 4},
     "cosformer": {"max_length": 128},
+    "gsa": {"slots": 5},
+    "rwkv6": {"shift_rank": 3, "decay_rank": 4},
+    "lightnet": {"gate_rank": 4},
 }
 VARIANTS = {
     "attention-window": ("attention", {"window": 4, "kv_heads": 1, "qk_norm": True, "gate": True, "bias": True}),
@@ -52,11 +55,36 @@ VARIANTS = {
     "deltanet-plain": ("deltanet", {"conv_size": None, "feature_map": "elu+1", "qk_norm": "sum", "gate": True, "beta": False}),
     "gated_deltanet-grouped": ("gated_deltanet", {"value_heads": 4, "gate": False, "conv_size": None, "allow_neg_eigval": True}),
     "kda-safe": ("kda", {"decay_gate": "safe", "value_heads": 4, "gate_rank": 0, "gate": "silu", "gate_bias": False}),
+    "gated_deltanet2-safe": ("gated_deltanet2", {"decay_gate": "safe", "value_heads": 4, "allow_neg_eigval": True}),
+    "kaczmarz-grouped": ("kaczmarz", {"value_heads": 4, "gate": False, "conv_size": None, "allow_neg_eigval": True}),
+    "comba-grouped": ("comba", {"value_heads": 4, "gate": False}),
+    "comba-open": ("comba", {"output_feedback": False, "conv_size": None}),
+    "gated_deltaproduct-3": ("gated_deltaproduct", {"value_heads": 4, "householder_steps": 3, "conv_size": None}),
+    "osdn-decay": ("osdn", {"decay": "head", "forgetting": "none", "value_heads": 4, "precondition_max": None, "gate": True}),
+    "osdn-head": ("osdn", {"forgetting": "head", "rate": 0.5, "conv_size": None}),
+    "osdn-constant": ("osdn", {"forgetting": "constant", "keep": 0.9}),
+    "preconditioned_deltanet-grouped": ("preconditioned_deltanet", {"value_heads": 4, "conv_size": None}),
+    "dplr-free": ("dplr", {"tied": False, "value_heads": 4, "decay_gate": "safe"}),
     "hedgehog-exp": ("hedgehog", {"feature_map": "exp", "kv_heads": 1, "bias": True, "head_dim": 6}),
     "hedgehog-softmax": ("hedgehog", {"feature_map": "softmax", "tied": True, "map_bias": False}),
     "hedgehog-exp_max": ("hedgehog", {"feature_map": "exp_max"}),
     "t2r-tied": ("t2r", {"feature_size": 5, "tied": True, "map_bias": False}),
     "performer-relu": ("performer", {"kernel": "relu", "num_features": 7, "row_norms": "sqrt", "kv_heads": 1}),
+    "lightning-code": (
+        "lightning",
+        {"decay": "alibi_interleaved", "norm": "layer", "gate": "low_rank", "position": "none", "value_activation": True},
+    ),
+    "lightning-minimax": ("lightning", {"decay": "alibi", "norm": "rms", "gate": "sigmoid", "head_dim": 6}),
+    "lightning-plain": ("lightning", {"decay": "none", "gate": None}),
+    "gsa-wide": ("gsa", {"expand_k": 0.5, "expand_v": 2, "feature_map": "relu", "temperature": 1.0}),
+    "hgrn2-official": (
+        "hgrn2",
+        {"q_activation": "sigmoid", "v_activation": "silu", "norm": "layer", "bias": True, "scale": 1.0, "lower_bound": "fixed"},
+    ),
+    "rwkv4-wide": ("rwkv4", {"expand": 1.5}),
+    "lightnet-sigmoid": ("lightnet", {"gate": "sigmoid", "expand_k": 0.5, "scale": 1.0}),
+    "mlstm-sigmoid": ("mlstm", {"input_gate": "sigmoid", "bias": True, "soft_cap": None}),
+    "mlstm-sigmoid-plain": ("mlstm", {"input_gate": "sigmoid", "normalizer": None, "expand_v": 1.5}),
     "rebased-tied": ("rebased", {"tied": True, "kv_heads": 1}),
 }
 CASES = {name: (name, {}) for name in list_mixers()} | VARIANTS
@@ -414,6 +442,17 @@ BAD = {
         ({"decay_gate": "exp"}, "decay_gate"), ({"decay_min": 0.0}, "decay_min"), ({"gate": "relu"}, "gate"),
         ({"value_heads": 3}, "value_heads"), ({"heads": 3}, "heads"),
     ],
+    "gated_deltanet2": [({"value_heads": 3}, "value_heads"), ({"decay_gate": "exp"}, "decay_gate")],
+    "kaczmarz": [({"key_eps": 0}, "key_eps"), ({"value_heads": 3}, "value_heads")],
+    "comba": [({"feedback_init": "one"}, "feedback_init"), ({"A_range": (2, 1)}, "A_range")],
+    "gated_deltaproduct": [({"householder_steps": 0}, "householder_steps"), ({"head_dim": 0}, "head_dim")],
+    "deltaproduct": [({"householder_steps": 1.5}, "householder_steps")],
+    "osdn": [
+        ({"forgetting": "slow"}, "forgetting"), ({"decay": "channel"}, "decay"), ({"keep": 1.0}, "keep"), ({"rate": 0}, "rate"),
+        ({"precondition_max": -1}, "precondition_max"), ({"heads": 3}, "heads"),
+    ],
+    "preconditioned_deltanet": [({"precondition_max": 1.0}, "precondition_max"), ({"center_init": "zero"}, "center_init")],
+    "dplr": [({"tied": 1}, "tied"), ({"heads": 3}, "heads")],
     "rwkv7": [
         ({"heads": 3}, "heads"), ({"head_dim": 4}, "head_dim"), ({"gate_rank": 0}, "gate_rank"),
         ({"value_residual": 1}, "value_residual"),
@@ -430,6 +469,25 @@ BAD = {
     "based": [({"feature_size": 0}, "feature_size"), ({"bias": "no"}, "bias")],
     "rebased": [({"feature_size": 2.5}, "feature_size"), ({"tied": 1}, "tied"), ({"norm_eps": 0}, "norm_eps")],
     "cosformer": [({"max_length": 0}, "max_length")],
+    "lightning": [
+        ({"decay": "retnet"}, "decay"), ({"position": "rope"}, "position"), ({"head_dim": 3}, "position"), ({"gate": "silu"}, "gate"),
+        ({"norm": "head"}, "norm"), ({"heads": 3}, "heads"), ({"value_activation": None}, "value_activation"),
+    ],
+    "gsa": [
+        ({"slots": 0}, "slots"), ({"temperature": 0}, "temperature"), ({"feature_map": "exp"}, "feature_map"),
+        ({"expand_k": 0.3}, "expand_k"), ({"heads": 3}, "expand_k"),
+    ],
+    "hgrn2": [
+        ({"lower_bound": "high"}, "lower_bound"), ({"q_activation": "tanh"}, "q_activation"), ({"norm": "group"}, "norm"),
+        ({"heads": 3}, "heads"), ({"scale": 0}, "scale"),
+    ],
+    "rwkv6": [({"heads": 3}, "heads"), ({"head_dim": 4}, "head_dim"), ({"shift_rank": 0}, "shift_rank"), ({"norm_eps": 0}, "norm_eps")],
+    "rwkv4": [({"expand": 0}, "expand"), ({"expand": 1.03}, "expand")],
+    "lightnet": [({"heads": 3}, "expand_k"), ({"gate": "relu"}, "gate"), ({"gate_rank": 0}, "gate_rank")],
+    "mlstm": [
+        ({"input_gate": "relu"}, "input_gate"), ({"normalizer": None}, "normalizer"), ({"soft_cap": 0}, "soft_cap"),
+        ({"expand_k": 0.3}, "expand_k"), ({"expand_v": 0.3}, "expand_v"),
+    ],
 }  # fmt: skip
 
 

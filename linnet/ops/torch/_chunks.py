@@ -9,6 +9,8 @@ are zero, which every operator treats as an exact no-op.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,7 @@ class Chunks:
         self.first = [0]
         for count in self.counts:
             self.first.append(self.first[-1] + count)
+        self._buffers: dict[str, Tensor] = {}
         self._per_span = max(1, min(16, 64 // max(1, heads * self.counts[0] if self.counts else 1)))
 
     def spans(self) -> list[tuple[int, int]]:
@@ -62,22 +65,34 @@ class Chunks:
         base = self.first[span[0]]
         return [(self.first[w] - base, self.first[w + 1] - base, self.counts[w]) for w in range(*span)]
 
-    def take(self, x: Tensor | None, span: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
-        """The rows of x [B, T, H, D] that lie in a span, as a new tensor [chunks, H, C, D], zero past the ends."""
+    def buffer(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Uninitialised memory that the next span reuses under the same name: fresh pages cost more than the copy into them."""
+        size = math.prod(shape)
+        known = self._buffers.get(name)
+        if known is None or known.numel() < size:
+            known = self._buffers[name] = torch.empty(size, dtype=dtype, device=like.device)
+        return known[:size].view(shape)
+
+    def take(self, name: str, x: Tensor | None, span: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
+        """The rows of x [B, T, H, D] that lie in a span as [chunks, H, C, D], zero past the ends.
+
+        The memory is that of the operand's `name`: it holds until the next span takes the same name.
+        """
         if x is None:
             return None
         H, D, C = x.shape[2], x.shape[3], self.C
         if self.index is not None:
             chosen = slice(self.first[span[0]], self.first[span[1]])
             rows = x[0].index_select(0, self.index[chosen].flatten()).unflatten(0, (-1, C))  # [c, C, H, D]
-            out = torch.empty(rows.shape[0], H, C, D, dtype=dtype, device=x.device)
+            out = self.buffer(name, (rows.shape[0], H, C, D), x, dtype)
             out.copy_(rows.transpose(1, 2))
             return out.masked_fill_(~self.valid[chosen][:, None, :, None], 0)  # not a product: -inf * 0
         waves, t0 = span[1] - span[0], span[0] * C
         t1 = min(span[1] * C, self.tokens)
         full = (t1 - t0) // C
-        out = torch.empty(waves, self.batch, H, C, D, dtype=dtype, device=x.device)
-        out[:full].copy_(x[:, t0 : t0 + full * C].unflatten(1, (full, C)).permute(1, 0, 3, 2, 4)) if full else None
+        out = self.buffer(name, (waves, self.batch, H, C, D), x, dtype)
+        if full:
+            out[:full].copy_(x[:, t0 : t0 + full * C].unflatten(1, (full, C)).permute(1, 0, 3, 2, 4))
         if full < waves:
             rest = t1 - t0 - full * C
             out[full:, :, :, :rest].copy_(x[:, t1 - rest : t1].transpose(1, 2))
@@ -101,6 +116,15 @@ class Chunks:
         if full < waves:
             rest = t1 - t0 - full * C
             out[:, t1 - rest : t1].transpose(1, 2).copy_(y[full, :, :, :rest])
+
+    def takes(self, span: tuple[int, int], dtype: torch.dtype, **operands: Tensor | None) -> list[Tensor | None]:
+        """`take` of several operands by name."""
+        return [self.take(name, x, span, dtype) for name, x in operands.items()]
+
+    def span_states(self, save: bool, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Room for the states at the starts of the spans, one block of active rows after the other; empty unless `save`."""
+        rows = sum(self.counts[w] for w, _ in self.spans()) if save else 0
+        return torch.empty(rows, *shape, dtype=dtype, device=like.device)
 
     def sort(self, state: Tensor) -> Tensor:
         """Rows of a state in the order of the waves (longest first)."""

@@ -1,5 +1,6 @@
 """Chunkwise delta rule, forward and backward.
 
+e = erase * k (k: the key that is read, the write key p if None), u = write * v, both gates per head and optional here.
 Per chunk with start state S, decayed operands q~, e~ (prefix) and p^ (suffix), total decay W, A = pair(q, p), L = pair(e, p):
     (I + L) X = u - e~ S               the new values x_t = u_t - r_t
     o = q~ S + A X                     S' = W S + p^T X
@@ -11,35 +12,56 @@ The forward stores X and the states at span starts; the backward recomputes ever
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from linnet.ops.torch._chunks import Chunks
 from linnet.ops.torch._decay import column_sums, expand, fold, rows_times, transposed_times
 from linnet.ops.torch._inverse import unit_lower_inverse
-from linnet.ops.torch._linear import group, initial, make_decay, run_states, ungroup
+from linnet.ops.torch._linear import group, initial, keep, make_decay, run_states, ungroup
 
 
-def forward(q, e, p, u, g, S0, cu_seqlens, scale: float, before_decay: bool, exclusive: bool, heads: int, chunk: int, dtype):
-    """q [B,T,Hq,K], e, p [B,T,*,K], u [B,T,*,V], g None | [B,T,*,1 or K].
+def gated(x: Tensor, gate: Tensor | None) -> Tensor:
+    """gate [c, H', C, 1] times x [c, H'', C, *], at the larger head count."""
+    if gate is None:
+        return x
+    heads = max(x.shape[1], gate.shape[1])
+    return expand(x, heads) * expand(gate, heads)
+
+
+def gated_backward(d: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the gate from the gradient d of `gated(x, gate)` at any larger head count."""
+    heads = max(x.shape[1], gate.shape[1])
+    d = fold(d, heads)
+    dgate = (d * expand(x, heads)).sum(-1, keepdim=True)
+    return fold(d * expand(gate, heads), x.shape[1]), fold(dgate, gate.shape[1])
+
+
+def forward(
+    q, k, p, v, erase, write, g, S0, cu_seqlens, scale: float, before_decay: bool, exclusive: bool, heads: int, chunk: int,
+    save: bool, dtype,
+):  # fmt: skip
+    """q [B,T,Hq,K], k None | [B,T,*,K], p [B,T,*,K], v [B,T,*,V], erase, write None | [B,T,*,1], g None | [B,T,*,1 or K].
 
     before_decay: e reads before the decay; exclusive: q reads before the step.
-    Returns o [B,T,H,V], final state, X [B,T,heads,V], states at span starts.
+    Returns o [B,T,H,V], final state, and for the backward (empty unless `save`) X [B,T,heads,V] and states at span starts.
     """
     B, T, Hq, K = q.shape
-    V = u.shape[3]
+    V = v.shape[3]
     grid = Chunks(cu_seqlens, B, T, chunk, heads)
     S = initial(grid, S0, (grid.rows, heads, K, V), dtype, q.device)
-    o = torch.empty(B, T, max(Hq, heads), V, dtype=u.dtype, device=u.device)
-    X_all = torch.empty(B, T, heads, V, dtype=dtype, device=u.device)
-    saved = []
+    o = torch.empty(B, T, max(Hq, heads), V, dtype=v.dtype, device=v.device)
+    X_all = torch.empty(B if save else 0, T, heads, V, dtype=dtype, device=v.device)
+    saved, row = grid.span_states(save, (heads, K, V), q, dtype), 0
     for span in grid.spans():
-        saved.append(S[: grid.counts[span[0]]].clone())
-        qs, es, ps, us, gs = (grid.take(x, span, dtype) for x in (q, e, p, u, g))
-        qs, es, us = group(qs.mul_(scale), heads), es[:, :, None], expand(us, heads)
+        row = keep(saved, row, S[: grid.counts[span[0]]])
+        qs, ks, ps, us, bs, ws, gs = grid.takes(span, dtype, q=q, k=k, p=p, v=v, erase=erase, write=write, g=g)
+        qs, es = group(qs.mul_(scale), heads), gated(ps if ks is None else ks, bs)[:, :, None]
+        us = expand(gated(us, ws), heads)
         decay = make_decay(gs, heads, before_decay or exclusive)
         inverse = unit_lower_inverse(decay.pair(es, ps, exclusive=before_decay, strict=True)[:, :, 0])
         e_tilde, p_hat = decay.prefix(es, before_decay)[:, :, 0], decay.suffix(ps).transpose(-1, -2)
-        starts = torch.empty(us.shape[0], heads, K, V, dtype=dtype, device=u.device)
-        X = torch.empty_like(us)
+        starts = grid.buffer("starts", (us.shape[0], heads, K, V), v, dtype)
+        X = grid.buffer("X", tuple(us.shape), v, dtype)
         for a, b, n in grid.waves(span):
             starts[a:b] = S[:n]
             torch.matmul(inverse[a:b], us[a:b] - e_tilde[a:b] @ S[:n], out=X[a:b])
@@ -48,21 +70,26 @@ def forward(q, e, p, u, g, S0, cu_seqlens, scale: float, before_decay: bool, exc
         out = rows_times(decay.pair(qs, ps, exclusive=exclusive, strict=exclusive), X)
         out += rows_times(decay.prefix(qs, exclusive), starts)
         grid.put(o, out.flatten(1, 2), span)
-        grid.put(X_all, X, span)
-    return o, grid.unsort(S), X_all, torch.cat(saved) if saved else S.new_empty(0, heads, K, V)
+        if save:
+            grid.put(X_all, X, span)
+    return o, grid.unsort(S), X_all, saved
 
 
-def backward(do, dS, X_all, saved, q, e, p, u, g, cu_seqlens, scale, before_decay, exclusive, heads: int, chunk: int, dtype):
-    """Gradients of q, e, p, u, g (None without decay) and of the initial state."""
+def backward(
+    do, dS, X_all, saved, q, k, p, v, erase, write, g, cu_seqlens, scale: float, before_decay: bool, exclusive: bool, heads: int,
+    chunk: int, dtype,
+):  # fmt: skip
+    """Gradients of q, k, p, v, erase, write, g (None where there was none) and of the initial state."""
     B, T, Hq, K = q.shape
     grid = Chunks(cu_seqlens, B, T, chunk, heads)
-    dS = initial(grid, dS, (grid.rows, heads, K, u.shape[3]), dtype, q.device)
-    dq, de, dp, du = (torch.empty_like(x) for x in (q, e, p, u))
-    dg = None if g is None else torch.empty(g.shape, dtype=dtype, device=g.device)
+    dS = initial(grid, dS, (grid.rows, heads, K, v.shape[3]), dtype, q.device)
+    dq, dk, dp, dv = (None if x is None else torch.empty_like(x) for x in (q, k, p, v))
+    derase, dwrite, dg = (None if x is None else torch.empty(x.shape, dtype=dtype, device=x.device) for x in (erase, write, g))
     end = saved.shape[0]
     for span in reversed(grid.spans()):
-        qs, es, ps, X, gs, dos = (grid.take(x, span, dtype) for x in (q, e, p, X_all, g, do))
-        qs, es, dos = group(qs.mul_(scale), heads), es[:, :, None], group(dos, heads)
+        qs, ks, ps, X, bs, ws, gs, dos = grid.takes(span, dtype, q=q, k=k, p=p, X=X_all, erase=erase, write=write, g=g, do=do)
+        keys = ps if ks is None else ks
+        qs, es, dos = group(qs.mul_(scale), heads), gated(keys, bs)[:, :, None], group(dos, heads)
         decay = make_decay(gs, heads, before_decay or exclusive)
         begin = end - grid.counts[span[0]]
         S, end = saved[begin:end].clone(), begin
@@ -71,9 +98,9 @@ def backward(do, dS, X_all, saved, q, e, p, u, g, cu_seqlens, scale, before_deca
         inverse = unit_lower_inverse(L[:, :, 0]).transpose(-1, -2)
         q_tilde, e_tilde = decay.prefix(qs, exclusive), decay.prefix(es, before_decay)[:, :, 0].transpose(-1, -2)
         p_hat = decay.suffix(ps)
-        starts = run_states(grid, span, S, decay, p_hat.transpose(-1, -2) @ X, dtype)
+        starts = run_states(grid, span, S, decay, p_hat.transpose(-1, -2) @ X)
         dX, local = column_sums(A, dos), transposed_times(q_tilde, dos)
-        dB, dZ = torch.empty_like(dX), torch.empty_like(starts)
+        dB, dZ = grid.buffer("dB", tuple(dX.shape), v, dtype), grid.buffer("dZ", tuple(starts.shape), v, dtype)
         for a, b, n in reversed(grid.waves(span)):
             dZ[a:b] = dS[:n]
             torch.matmul(inverse[a:b], dX[a:b] + p_hat[a:b] @ dS[:n], out=dB[a:b])
@@ -87,11 +114,23 @@ def backward(do, dS, X_all, saved, q, e, p, u, g, cu_seqlens, scale, before_deca
         starts = starts.transpose(-1, -2)
         dq_tilde = decay.prefix_backward(rows_times(dos, starts), qs, exclusive)
         de_tilde = decay.prefix_backward((dB @ starts).neg_()[:, :, None], es, before_decay)
-        dp_hat = decay.suffix_backward(X @ dZ.transpose(-1, -2), ps)
+        dps = dps.add_(dps_erase).add_(fold(decay.suffix_backward(X @ dZ.transpose(-1, -2), ps), ps.shape[1]))
+        des = ungroup(des, es.shape[1]) + ungroup(de_tilde, es.shape[1])
+        if bs is not None:
+            des, dbs = gated_backward(des, keys, bs)
+            grid.put(derase, dbs, span)
+        if ks is None:
+            dps += des
+        else:
+            grid.put(dk, des, span)
+        if ws is None:
+            grid.put(dv, fold(dB, v.shape[2]), span)
+        else:
+            dvs, dws = gated_backward(dB, grid.take("v", v, span, dtype), ws)
+            grid.put(dv, dvs, span)
+            grid.put(dwrite, dws, span)
         grid.put(dq, (ungroup(dqs, Hq) + ungroup(dq_tilde, Hq)).mul_(scale), span)
-        grid.put(de, ungroup(des, e.shape[2]) + ungroup(de_tilde, e.shape[2]), span)
-        grid.put(dp, dps + dps_erase + fold(dp_hat, ps.shape[1]), span)
-        grid.put(du, fold(dB, u.shape[2]), span)
+        grid.put(dp, dps, span)
         if g is not None:
             grid.put(dg, decay.gradient(), span)
-    return dq, de, dp, du, dg, grid.unsort(dS)
+    return dq, dk, dp, dv, derase, dwrite, dg, grid.unsort(dS)

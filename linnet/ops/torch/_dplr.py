@@ -17,31 +17,34 @@ import torch
 from linnet.ops.torch._chunks import Chunks
 from linnet.ops.torch._decay import column_sums, expand, fold, rows_times, transposed_times
 from linnet.ops.torch._inverse import unit_lower_inverse
-from linnet.ops.torch._linear import group, initial, make_decay, run_states, ungroup
+from linnet.ops.torch._linear import group, initial, keep, make_decay, run_states, ungroup
 
 READ = {"exclusive": False, "strict": False}  # the query reads after the step
 ERASE = {"exclusive": True, "strict": True}  # the erased read comes before decay and write
 
 
-def forward(q, e, w, p, u, g, S0, cu_seqlens, scale: float, heads: int, chunk: int, dtype):
-    """q [B,T,Hq,K], e, w, p [B,T,*,K], u [B,T,*,V], g None | [B,T,*,1 or K] -> o, final state, R [B,T,heads,V], span starts."""
+def forward(q, e, w, p, u, g, S0, cu_seqlens, scale: float, heads: int, chunk: int, save: bool, dtype):
+    """q [B,T,Hq,K], e, w, p [B,T,*,K], u [B,T,*,V], g None | [B,T,*,1 or K] -> o, final state, R [B,T,heads,V], span starts.
+
+    R and the states at span starts are for the backward, empty unless `save`.
+    """
     B, T, Hq, K = q.shape
     V = u.shape[3]
     grid = Chunks(cu_seqlens, B, T, chunk, heads)
     S = initial(grid, S0, (grid.rows, heads, K, V), dtype, q.device)
     o = torch.empty(B, T, max(Hq, heads), V, dtype=u.dtype, device=u.device)
-    R_all = torch.empty(B, T, heads, V, dtype=dtype, device=u.device)
-    saved = []
+    R_all = torch.empty(B if save else 0, T, heads, V, dtype=dtype, device=u.device)
+    saved, row = grid.span_states(save, (heads, K, V), q, dtype), 0
     for span in grid.spans():
-        saved.append(S[: grid.counts[span[0]]].clone())
-        qs, es, ws, ps, us, gs = (grid.take(x, span, dtype) for x in (q, e, w, p, u, g))
+        row = keep(saved, row, S[: grid.counts[span[0]]])
+        qs, es, ws, ps, us, gs = grid.takes(span, dtype, q=q, e=e, w=w, p=p, u=u, g=g)
         qs, es, us = group(qs.mul_(scale), heads), es[:, :, None], expand(us, heads)
         decay = make_decay(gs, heads, True)
         inverse = unit_lower_inverse(decay.pair(es, ws, **ERASE)[:, :, 0])
         reads = decay.pair(es, ps, **ERASE)[:, :, 0] @ us
         e_tilde, w_hat = decay.prefix(es, True)[:, :, 0], decay.suffix(ws).transpose(-1, -2)
         writes = decay.suffix(ps).transpose(-1, -2) @ us
-        starts, R = torch.empty_like(writes), torch.empty_like(us)
+        starts, R = grid.buffer("starts", tuple(writes.shape), u, dtype), grid.buffer("R", tuple(us.shape), u, dtype)
         for a, b, n in grid.waves(span):
             starts[a:b] = S[:n]
             torch.matmul(inverse[a:b], reads[a:b] + e_tilde[a:b] @ S[:n], out=R[a:b])
@@ -52,8 +55,9 @@ def forward(q, e, w, p, u, g, S0, cu_seqlens, scale: float, heads: int, chunk: i
         out -= rows_times(decay.pair(qs, ws, **READ), R)
         out += rows_times(decay.prefix(qs, False), starts)
         grid.put(o, out.flatten(1, 2), span)
-        grid.put(R_all, R, span)
-    return o, grid.unsort(S), R_all, torch.cat(saved) if saved else S.new_empty(0, heads, K, V)
+        if save:
+            grid.put(R_all, R, span)
+    return o, grid.unsort(S), R_all, saved
 
 
 def backward(do, dS, R_all, saved, q, e, w, p, u, g, cu_seqlens, scale: float, heads: int, chunk: int, dtype):
@@ -65,7 +69,7 @@ def backward(do, dS, R_all, saved, q, e, w, p, u, g, cu_seqlens, scale: float, h
     dg = None if g is None else torch.empty(g.shape, dtype=dtype, device=g.device)
     end = saved.shape[0]
     for span in reversed(grid.spans()):
-        qs, es, ws, ps, us, R, gs, dos = (grid.take(x, span, dtype) for x in (q, e, w, p, u, R_all, g, do))
+        qs, es, ws, ps, us, R, gs, dos = grid.takes(span, dtype, q=q, e=e, w=w, p=p, u=u, R=R_all, g=g, do=do)
         qs, es, us, dos = group(qs.mul_(scale), heads), es[:, :, None], expand(us, heads), group(dos, heads)
         decay = make_decay(gs, heads, True)
         begin = end - grid.counts[span[0]]
@@ -75,9 +79,9 @@ def backward(do, dS, R_all, saved, q, e, w, p, u, g, cu_seqlens, scale: float, h
         inverse = unit_lower_inverse(L[:, :, 0]).transpose(-1, -2)
         q_tilde, e_tilde = decay.prefix(qs, False), decay.prefix(es, True)[:, :, 0].transpose(-1, -2)
         p_hat, w_hat = decay.suffix(ps), decay.suffix(ws)
-        starts = run_states(grid, span, S, decay, p_hat.transpose(-1, -2) @ us - w_hat.transpose(-1, -2) @ R, dtype)
+        starts = run_states(grid, span, S, decay, p_hat.transpose(-1, -2) @ us - w_hat.transpose(-1, -2) @ R)
         dR, local = column_sums(A_w, dos).neg_(), transposed_times(q_tilde, dos)
-        dB, dZ = torch.empty_like(dR), torch.empty_like(starts)
+        dB, dZ = grid.buffer("dB", tuple(dR.shape), u, dtype), grid.buffer("dZ", tuple(starts.shape), u, dtype)
         for a, b, n in reversed(grid.waves(span)):
             dZ[a:b] = dS[:n]
             torch.matmul(inverse[a:b], dR[a:b] - w_hat[a:b] @ dS[:n], out=dB[a:b])

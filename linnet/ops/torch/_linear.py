@@ -34,9 +34,16 @@ def initial(grid: Chunks, S0: Tensor | None, shape: tuple[int, ...], dtype: torc
     return torch.zeros(shape, dtype=dtype, device=device) if S0 is None else grid.sort(S0).to(dtype, copy=True)
 
 
-def run_states(grid: Chunks, span, S: Tensor, decay, Z: Tensor, dtype) -> Tensor:
+def keep(saved: Tensor, row: int, S: Tensor) -> int:
+    """Write the states S of one span start into `saved` at `row`, where there is room; the row after them."""
+    if saved.shape[0]:
+        saved[row : row + S.shape[0]] = S
+    return row + S.shape[0]
+
+
+def run_states(grid: Chunks, span: tuple[int, int], S: Tensor, decay: Decay | NoDecay, Z: Tensor) -> Tensor:
     """Advance S (in place) over the waves of a span by S <- W S + Z; return the states at the chunk starts."""
-    starts = torch.empty_like(Z)
+    starts = grid.buffer("starts", tuple(Z.shape), Z, Z.dtype)
     for a, b, n in grid.waves(span):
         starts[a:b] = S[:n]
         decay.carry_(S[:n], slice(a, b))
@@ -44,25 +51,25 @@ def run_states(grid: Chunks, span, S: Tensor, decay, Z: Tensor, dtype) -> Tensor
     return starts
 
 
-def forward(q, k, v, g, S0, cu_seqlens, scale: float, exclusive: bool, heads: int, chunk: int, dtype):
+def forward(q, k, v, g, S0, cu_seqlens, scale: float, exclusive: bool, heads: int, chunk: int, save: bool, dtype):
     """q [B,T,Hq,K], k [B,T,Hk,K], v [B,T,Hv,V], g None | [B,T,Hg,1 or K] -> o [B,T,H,V], final state, states at span starts."""
     B, T, Hq, K = q.shape
     V = v.shape[3]
     grid = Chunks(cu_seqlens, B, T, chunk, heads)
     S = initial(grid, S0, (grid.rows, heads, K, V), dtype, q.device)
     o = torch.empty(B, T, max(Hq, heads), V, dtype=v.dtype, device=v.device)
-    saved = []
+    saved, row = grid.span_states(save, (heads, K, V), q, dtype), 0
     for span in grid.spans():
-        saved.append(S[: grid.counts[span[0]]].clone())
-        qs, ks, vs, gs = (grid.take(x, span, dtype) for x in (q, k, v, g))
+        row = keep(saved, row, S[: grid.counts[span[0]]])
+        qs, ks, vs, gs = grid.takes(span, dtype, q=q, k=k, v=v, g=g)
         qs, vs = group(qs.mul_(scale), heads), expand(vs, heads)
         decay = make_decay(gs, heads, exclusive)
         A = decay.pair(qs, ks, exclusive=exclusive, strict=exclusive)
-        starts = run_states(grid, span, S, decay, decay.suffix(ks).transpose(-1, -2) @ vs, dtype)
+        starts = run_states(grid, span, S, decay, decay.suffix(ks).transpose(-1, -2) @ vs)
         out = rows_times(A, vs)
         out += rows_times(decay.prefix(qs, exclusive), starts)
         grid.put(o, out.flatten(1, 2), span)
-    return o, grid.unsort(S), torch.cat([x.flatten(0, 0) for x in saved]) if saved else S.new_empty(0, heads, K, V)
+    return o, grid.unsort(S), saved
 
 
 def backward(do, dS, saved, q, k, v, g, cu_seqlens, scale: float, exclusive: bool, heads: int, chunk: int, dtype):
@@ -74,14 +81,14 @@ def backward(do, dS, saved, q, k, v, g, cu_seqlens, scale: float, exclusive: boo
     dg = None if g is None else torch.empty(g.shape, dtype=dtype, device=g.device)
     end = saved.shape[0]
     for span in reversed(grid.spans()):
-        qs, ks, vs, gs, dos = (grid.take(x, span, dtype) for x in (q, k, v, g, do))
+        qs, ks, vs, gs, dos = grid.takes(span, dtype, q=q, k=k, v=v, g=g, do=do)
         qs, vs, dos = group(qs.mul_(scale), heads), expand(vs, heads), group(dos, heads)
         decay = make_decay(gs, heads, exclusive)
         begin = end - grid.counts[span[0]]
         S, end = saved[begin:end].clone(), begin
         k_hat, q_tilde = decay.suffix(ks), decay.prefix(qs, exclusive)
-        starts = run_states(grid, span, S, decay, k_hat.transpose(-1, -2) @ vs, dtype)
-        dZ, local = torch.empty_like(starts), transposed_times(q_tilde, dos)
+        starts = run_states(grid, span, S, decay, k_hat.transpose(-1, -2) @ vs)
+        dZ, local = grid.buffer("dZ", tuple(starts.shape), v, dtype), transposed_times(q_tilde, dos)
         for a, b, n in reversed(grid.waves(span)):
             dZ[a:b] = dS[:n]
             decay.carry_(dS[:n], slice(a, b))

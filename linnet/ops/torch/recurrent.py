@@ -26,8 +26,10 @@ def fit_chunk(chunk: int, tokens: int) -> int:
     return chunk
 
 
-def _span_rows(cu_seqlens, batch, tokens, heads, chunk):
+def _span_rows(cu_seqlens, batch, tokens, heads, chunk, save):
     """Rows of the saved span states, for the fake implementations; data-dependent when packed."""
+    if not save:
+        return 0
     if cu_seqlens is not None:
         return torch.library.get_ctx().new_dynamic_size()
     waves = -(-tokens // chunk)
@@ -37,6 +39,16 @@ def _span_rows(cu_seqlens, batch, tokens, heads, chunk):
 
 def _state_rows(cu_seqlens, batch):
     return batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _without_save(options: list) -> list:
+    """The non-tensor arguments of a forward operator as its backward operator takes them: `save` comes next to last."""
+    return [*options[:-2], options[-1]]
+
+
+def needs_backward(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass can follow: what it needs is stored only then."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _empty(x: Tensor) -> Tensor:
@@ -49,17 +61,17 @@ def _empty(x: Tensor) -> Tensor:
 @torch.library.custom_op("linnet::linear_attention", mutates_args=())
 def linear_op(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, S0: Tensor | None, cu_seqlens: Tensor | None,
-    scale: float, exclusive: bool, heads: int, chunk: int, dtype: torch.dtype,
+    scale: float, exclusive: bool, heads: int, chunk: int, save: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _linear.forward(q, k, v, g, S0, cu_seqlens, scale, exclusive, heads, chunk, dtype)
+    return _linear.forward(q, k, v, g, S0, cu_seqlens, scale, exclusive, heads, chunk, save, dtype)
 
 
 @linear_op.register_fake
-def _(q, k, v, g, S0, cu_seqlens, scale, exclusive, heads, chunk, dtype):
+def _(q, k, v, g, S0, cu_seqlens, scale, exclusive, heads, chunk, save, dtype):
     B, T, Hq, K = q.shape
     V = v.shape[3]
     S = q.new_empty(_state_rows(cu_seqlens, B), heads, K, V, dtype=dtype)
-    saved = q.new_empty(_span_rows(cu_seqlens, B, T, heads, chunk), heads, K, V, dtype=dtype)
+    saved = q.new_empty(_span_rows(cu_seqlens, B, T, heads, chunk, save), heads, K, V, dtype=dtype)
     return v.new_empty(B, T, max(Hq, heads), V), S, saved
 
 
@@ -80,7 +92,8 @@ def _(do, dS, saved, q, k, v, g, cu_seqlens, scale, exclusive, heads, chunk, dty
 
 
 def _linear_setup(ctx, inputs, output):
-    q, k, v, g, S0, cu_seqlens, *ctx.options = inputs
+    q, k, v, g, S0, cu_seqlens, *options = inputs
+    ctx.options = _without_save(options)
     ctx.save_for_backward(q, k, v, g, cu_seqlens, output[2])
     ctx.state_dtype = None if S0 is None else S0.dtype
 
@@ -90,7 +103,7 @@ def _linear_backward(ctx, do, dS, _):
     dq, dk, dv, dg, dS0 = linear_backward_op(do, dS, saved, q, k, v, g, cu_seqlens, *ctx.options)
     dg = None if g is None else dg.to(g.dtype)
     dS0 = None if ctx.state_dtype is None else dS0.to(ctx.state_dtype)
-    return dq, dk, dv, dg, dS0, None, None, None, None, None, None
+    return dq, dk, dv, dg, dS0, *[None] * 7
 
 
 linear_op.register_autograd(_linear_backward, setup_context=_linear_setup)
@@ -102,51 +115,56 @@ refuse_double_backward(linear_backward_op)
 
 @torch.library.custom_op("linnet::delta_rule", mutates_args=())
 def delta_op(
-    q: Tensor, e: Tensor, p: Tensor, u: Tensor, g: Tensor | None, S0: Tensor | None, cu_seqlens: Tensor | None,
-    scale: float, before_decay: bool, exclusive: bool, heads: int, chunk: int, dtype: torch.dtype,
+    q: Tensor, k: Tensor | None, p: Tensor, v: Tensor, erase: Tensor | None, write: Tensor | None, g: Tensor | None,
+    S0: Tensor | None, cu_seqlens: Tensor | None, scale: float, before_decay: bool, exclusive: bool, heads: int, chunk: int,
+    save: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _delta.forward(q, e, p, u, g, S0, cu_seqlens, scale, before_decay, exclusive, heads, chunk, dtype)
+    return _delta.forward(
+        q, k, p, v, erase, write, g, S0, cu_seqlens, scale, before_decay, exclusive, heads, chunk, save, dtype
+    )
 
 
 @delta_op.register_fake
-def _(q, e, p, u, g, S0, cu_seqlens, scale, before_decay, exclusive, heads, chunk, dtype):
+def _(q, k, p, v, erase, write, g, S0, cu_seqlens, scale, before_decay, exclusive, heads, chunk, save, dtype):
     B, T, Hq, K = q.shape
-    V = u.shape[3]
+    V = v.shape[3]
     S = q.new_empty(_state_rows(cu_seqlens, B), heads, K, V, dtype=dtype)
-    saved = q.new_empty(_span_rows(cu_seqlens, B, T, heads, chunk), heads, K, V, dtype=dtype)
-    return u.new_empty(B, T, max(Hq, heads), V), S, u.new_empty(B, T, heads, V, dtype=dtype), saved
+    saved = q.new_empty(_span_rows(cu_seqlens, B, T, heads, chunk, save), heads, K, V, dtype=dtype)
+    return v.new_empty(B, T, max(Hq, heads), V), S, v.new_empty(B if save else 0, T, heads, V, dtype=dtype), saved
 
 
 @torch.library.custom_op("linnet::delta_rule_backward", mutates_args=())
 def delta_backward_op(
-    do: Tensor, dS: Tensor | None, X: Tensor, saved: Tensor, q: Tensor, e: Tensor, p: Tensor, u: Tensor, g: Tensor | None,
-    cu_seqlens: Tensor | None, scale: float, before_decay: bool, exclusive: bool, heads: int, chunk: int, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    *grads, dg, dS0 = _delta.backward(
-        do, dS, X, saved, q, e, p, u, g, cu_seqlens, scale, before_decay, exclusive, heads, chunk, dtype
+    do: Tensor, dS: Tensor | None, X: Tensor, saved: Tensor, q: Tensor, k: Tensor | None, p: Tensor, v: Tensor,
+    erase: Tensor | None, write: Tensor | None, g: Tensor | None, cu_seqlens: Tensor | None, scale: float, before_decay: bool,
+    exclusive: bool, heads: int, chunk: int, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grads = _delta.backward(
+        do, dS, X, saved, q, k, p, v, erase, write, g, cu_seqlens, scale, before_decay, exclusive, heads, chunk, dtype
     )
-    return *grads, _empty(q) if dg is None else dg, dS0
+    return tuple(_empty(q) if x is None else x for x in grads)
 
 
 @delta_backward_op.register_fake
-def _(do, dS, X, saved, q, e, p, u, g, cu_seqlens, scale, before_decay, exclusive, heads, chunk, dtype):
-    dg = _empty(q) if g is None else torch.empty_like(g, dtype=dtype)
-    S = q.new_empty(_state_rows(cu_seqlens, q.shape[0]), heads, q.shape[3], u.shape[3], dtype=dtype)
-    return torch.empty_like(q), torch.empty_like(e), torch.empty_like(p), torch.empty_like(u), dg, S
+def _(do, dS, X, saved, q, k, p, v, erase, write, g, cu_seqlens, scale, before_decay, exclusive, heads, chunk, dtype):
+    operands = (_empty(q) if x is None else torch.empty_like(x) for x in (q, k, p, v))
+    gates = (_empty(q) if x is None else torch.empty_like(x, dtype=dtype) for x in (erase, write, g))
+    S = q.new_empty(_state_rows(cu_seqlens, q.shape[0]), heads, q.shape[3], v.shape[3], dtype=dtype)
+    return *operands, *gates, S
 
 
 def _delta_setup(ctx, inputs, output):
-    q, e, p, u, g, S0, cu_seqlens, *ctx.options = inputs
-    ctx.save_for_backward(q, e, p, u, g, cu_seqlens, output[2], output[3])
+    *operands, S0, cu_seqlens = inputs[:9]
+    ctx.options = _without_save(inputs[9:])
+    ctx.save_for_backward(*operands, cu_seqlens, output[2], output[3])
     ctx.state_dtype = None if S0 is None else S0.dtype
 
 
 def _delta_backward(ctx, do, dS, *_):
-    q, e, p, u, g, cu_seqlens, X, saved = ctx.saved_tensors
-    dq, de, dp, du, dg, dS0 = delta_backward_op(do, dS, X, saved, q, e, p, u, g, cu_seqlens, *ctx.options)
-    dg = None if g is None else dg.to(g.dtype)
-    dS0 = None if ctx.state_dtype is None else dS0.to(ctx.state_dtype)
-    return dq, de, dp, du, dg, dS0, None, None, None, None, None, None, None
+    *operands, cu_seqlens, X, saved = ctx.saved_tensors
+    *grads, dS0 = delta_backward_op(do, dS, X, saved, *operands, cu_seqlens, *ctx.options)
+    grads = [None if x is None else d.to(x.dtype) for d, x in zip(grads, operands, strict=True)]
+    return *grads, None if ctx.state_dtype is None else dS0.to(ctx.state_dtype), *[None] * 8
 
 
 delta_op.register_autograd(_delta_backward, setup_context=_delta_setup)
@@ -159,18 +177,18 @@ refuse_double_backward(delta_backward_op)
 @torch.library.custom_op("linnet::dplr", mutates_args=())
 def dplr_op(
     q: Tensor, e: Tensor, w: Tensor, p: Tensor, u: Tensor, g: Tensor | None, S0: Tensor | None, cu_seqlens: Tensor | None,
-    scale: float, heads: int, chunk: int, dtype: torch.dtype,
+    scale: float, heads: int, chunk: int, save: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _dplr.forward(q, e, w, p, u, g, S0, cu_seqlens, scale, heads, chunk, dtype)
+    return _dplr.forward(q, e, w, p, u, g, S0, cu_seqlens, scale, heads, chunk, save, dtype)
 
 
 @dplr_op.register_fake
-def _(q, e, w, p, u, g, S0, cu_seqlens, scale, heads, chunk, dtype):
+def _(q, e, w, p, u, g, S0, cu_seqlens, scale, heads, chunk, save, dtype):
     B, T, Hq, K = q.shape
     V = u.shape[3]
     S = q.new_empty(_state_rows(cu_seqlens, B), heads, K, V, dtype=dtype)
-    saved = q.new_empty(_span_rows(cu_seqlens, B, T, heads, chunk), heads, K, V, dtype=dtype)
-    return u.new_empty(B, T, max(Hq, heads), V), S, u.new_empty(B, T, heads, V, dtype=dtype), saved
+    saved = q.new_empty(_span_rows(cu_seqlens, B, T, heads, chunk, save), heads, K, V, dtype=dtype)
+    return u.new_empty(B, T, max(Hq, heads), V), S, u.new_empty(B if save else 0, T, heads, V, dtype=dtype), saved
 
 
 @torch.library.custom_op("linnet::dplr_backward", mutates_args=())
@@ -190,7 +208,8 @@ def _(do, dS, R, saved, q, e, w, p, u, g, cu_seqlens, scale, heads, chunk, dtype
 
 
 def _dplr_setup(ctx, inputs, output):
-    q, e, w, p, u, g, S0, cu_seqlens, *ctx.options = inputs
+    q, e, w, p, u, g, S0, cu_seqlens, *options = inputs
+    ctx.options = _without_save(options)
     ctx.save_for_backward(q, e, w, p, u, g, cu_seqlens, output[2], output[3])
     ctx.state_dtype = None if S0 is None else S0.dtype
 
@@ -200,7 +219,7 @@ def _dplr_backward(ctx, do, dS, *_):
     *grads, dg, dS0 = dplr_backward_op(do, dS, R, saved, q, e, w, p, u, g, cu_seqlens, *ctx.options)
     dg = None if g is None else dg.to(g.dtype)
     dS0 = None if ctx.state_dtype is None else dS0.to(ctx.state_dtype)
-    return *grads, dg, dS0, None, None, None, None, None
+    return *grads, dg, dS0, *[None] * 6
 
 
 dplr_op.register_autograd(_dplr_backward, setup_context=_dplr_setup)
@@ -237,29 +256,35 @@ def single_token(q: Tensor, cu_seqlens: Tensor | None) -> bool:
 def linear_core(q, k, v, g, S0, cu_seqlens, scale, exclusive, heads, dtype, chunk=CHUNK["linear_attention"]):
     if not single_token(q, cu_seqlens):
         size = fit_chunk(chunk, q.shape[1])
-        return linear_op(q, k, v, g, S0, cu_seqlens, scale, exclusive, heads, size, dtype)[:2]
+        save = needs_backward(q, k, v, g, S0)
+        return linear_op(q, k, v, g, S0, cu_seqlens, scale, exclusive, heads, size, save, dtype)[:2]
     S0 = _start(S0, q, v, heads, dtype)
     k, v_t, g = (_token(x, heads, dtype) for x in (k, v, g))
     S = _decayed(S0, g) + k.unsqueeze(-1) * v_t.unsqueeze(-2)
     return _read(q, S0 if exclusive else S, scale, dtype).to(v.dtype), S
 
 
-def delta_core(q, e, p, u, g, S0, cu_seqlens, scale, before_decay, exclusive, heads, dtype, chunk=CHUNK["delta_rule"]):
+def delta_core(
+    q, k, p, v, erase, write, g, S0, cu_seqlens, scale, before_decay, exclusive, heads, dtype, chunk=CHUNK["delta_rule"]
+):
     if not single_token(q, cu_seqlens):
-        size = fit_chunk(chunk, q.shape[1])
-        return delta_op(q, e, p, u, g, S0, cu_seqlens, scale, before_decay, exclusive, heads, size, dtype)[:2]
-    S0 = _start(S0, q, u, heads, dtype)
-    e, p, u_t, g = (_token(x, heads, dtype) for x in (e, p, u, g))
+        operands = (q, k, p, v, erase, write, g, S0)
+        size, save = fit_chunk(chunk, q.shape[1]), needs_backward(*operands)
+        return delta_op(*operands, cu_seqlens, scale, before_decay, exclusive, heads, size, save, dtype)[:2]
+    S0 = _start(S0, q, v, heads, dtype)
+    e, p, u, erase, write, g = (_token(x, heads, dtype) for x in (p if k is None else k, p, v, erase, write, g))
+    e, u = e if erase is None else erase * e, u if write is None else write * u
     S = _decayed(S0, g)
     r = (e.unsqueeze(-2) @ (S0 if before_decay else S)).squeeze(-2)
-    S = S + p.unsqueeze(-1) * (u_t - r).unsqueeze(-2)
-    return _read(q, S0 if exclusive else S, scale, dtype).to(u.dtype), S
+    S = S + p.unsqueeze(-1) * (u - r).unsqueeze(-2)
+    return _read(q, S0 if exclusive else S, scale, dtype).to(v.dtype), S
 
 
 def dplr_core(q, e, w, p, u, g, S0, cu_seqlens, scale, heads, dtype, chunk=CHUNK["dplr"]):
     if not single_token(q, cu_seqlens):
         size = fit_chunk(chunk, q.shape[1])
-        return dplr_op(q, e, w, p, u, g, S0, cu_seqlens, scale, heads, size, dtype)[:2]
+        save = needs_backward(q, e, w, p, u, g, S0)
+        return dplr_op(q, e, w, p, u, g, S0, cu_seqlens, scale, heads, size, save, dtype)[:2]
     S0 = _start(S0, q, u, heads, dtype)
     e, w, p, u_t, g = (_token(x, heads, dtype) for x in (e, w, p, u, g))
     S = _decayed(S0, g) - w.unsqueeze(-1) * (e.unsqueeze(-2) @ S0) + p.unsqueeze(-1) * u_t.unsqueeze(-2)
