@@ -77,6 +77,18 @@ def scores_backward(dM: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return fold(dx, x.shape[1]), fold(column_sums(dM, expand(x, heads)), y.shape[1])
 
 
+def add_product_(out: Tensor, x: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:
+    """out += alpha x y over equal batch axes, in place and in one pass; out must be contiguous over its batch axes."""
+    out.flatten(0, -3).baddbmm_(x.flatten(0, -3), y.flatten(0, -3), alpha=alpha)
+    return out
+
+
+def minus_product(x: Tensor, y: Tensor) -> Tensor:
+    """-x y over equal batch axes."""
+    out = torch.empty(*x.shape[:-1], y.shape[-1], dtype=x.dtype, device=x.device)
+    return out.flatten(0, -3).baddbmm_(x.flatten(0, -3), y.flatten(0, -3), beta=0, alpha=-1).view(out.shape)
+
+
 def mask_(M: Tensor, strict: bool) -> Tensor:
     """Zero the pairs with i > t (i >= t if strict), in place."""
     return M.tril_(-1 if strict else 0)
@@ -210,10 +222,10 @@ class Decay:
         return expand(x, self.heads) * (self.E if exclusive else self.P)[:, :, None]
 
     def prefix_backward(self, dx: Tensor, x: Tensor, exclusive: bool) -> Tensor:
-        """From the gradient of `prefix(x)` to that of x (at H heads); x is the operand, not its product."""
+        """From the gradient of `prefix(x)`, overwritten, to that of x (at H heads); x is the operand, not its product."""
         f = (self.E if exclusive else self.P)[:, :, None]
-        dx = dx * f
-        self._collect("E" if exclusive else "P", (dx * expand(x, self.heads)).sum(2))
+        dx = dx.mul_(f)
+        self._collect("E" if exclusive else "P", dx * expand(x, self.heads), (2, -1) if self.scalar else 2)
         return dx
 
     def suffix(self, y: Tensor) -> Tensor:
@@ -221,8 +233,8 @@ class Decay:
         return expand(y, self.heads) * self.S
 
     def suffix_backward(self, dy: Tensor, y: Tensor) -> Tensor:
-        dy = dy * self.S
-        self._collect("S", dy * expand(y, self.heads))
+        dy = dy.mul_(self.S)
+        self._collect("S", dy * expand(y, self.heads), -1 if self.scalar else None)
         return dy
 
     def carry_(self, S: Tensor, rows: slice) -> Tensor:
@@ -234,8 +246,10 @@ class Decay:
         d = (S * dS).sum(-1)
         self._d["W"] += ((d.sum(-1, keepdim=True) if self.scalar else d) * self.W)[:, :, None]
 
-    def _collect(self, name: str, d: Tensor) -> None:
-        self._d[name] += d.sum(-1, keepdim=True) if self.scalar else d
+    def _collect(self, name: str, d: Tensor, axes: int | tuple[int, ...] | None) -> None:
+        if axes is not None:
+            d = d.squeeze(2) if axes == 2 and d.shape[2] == 1 else d.sum(axes)
+        self._d[name] += d.unsqueeze(-1) if self.scalar else d
 
     def gradient(self) -> Tensor:
         """The gradient of g [c, H', C, 1 or K] from everything collected: down the tree."""

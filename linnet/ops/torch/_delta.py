@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from linnet.ops.torch._chunks import Chunks
-from linnet.ops.torch._decay import column_sums, expand, fold, rows_times, transposed_times
+from linnet.ops.torch._decay import add_product_, column_sums, expand, fold, minus_product, rows_times, transposed_times
 from linnet.ops.torch._inverse import unit_lower_inverse
 from linnet.ops.torch._linear import group, initial, keep, make_decay, run_states, ungroup
 
@@ -64,12 +64,12 @@ def forward(
         X = grid.buffer("X", tuple(us.shape), v, dtype)
         for a, b, n in grid.waves(span):
             starts[a:b] = S[:n]
-            torch.matmul(inverse[a:b], us[a:b] - e_tilde[a:b] @ S[:n], out=X[a:b])
+            torch.matmul(inverse[a:b], add_product_(us[a:b], e_tilde[a:b], S[:n], -1), out=X[a:b])
             decay.carry_(S[:n], slice(a, b))
-            S[:n] += p_hat[a:b] @ X[a:b]
-        out = rows_times(decay.pair(qs, ps, exclusive=exclusive, strict=exclusive), X)
-        out += rows_times(decay.prefix(qs, exclusive), starts)
-        grid.put(o, out.flatten(1, 2), span)
+            add_product_(S[:n], p_hat[a:b], X[a:b])
+        A = decay.pair(qs, ps, exclusive=exclusive, strict=exclusive)
+        out = add_product_(A.flatten(2, 3) @ X, decay.prefix(qs, exclusive).flatten(2, 3), starts)
+        grid.put(o, out.unflatten(2, (-1, grid.C)).flatten(1, 2), span)
         if save:
             grid.put(X_all, X, span)
     return o, grid.unsort(S), X_all, saved
@@ -103,17 +103,16 @@ def backward(
         dB, dZ = grid.buffer("dB", tuple(dX.shape), v, dtype), grid.buffer("dZ", tuple(starts.shape), v, dtype)
         for a, b, n in reversed(grid.waves(span)):
             dZ[a:b] = dS[:n]
-            torch.matmul(inverse[a:b], dX[a:b] + p_hat[a:b] @ dS[:n], out=dB[a:b])
+            torch.matmul(inverse[a:b], add_product_(dX[a:b], p_hat[a:b], dS[:n]), out=dB[a:b])
             decay.carry_(dS[:n], slice(a, b))
-            dS[:n] += local[a:b]
-            dS[:n] -= e_tilde[a:b] @ dB[a:b]
+            dS[:n] += add_product_(local[a:b], e_tilde[a:b], dB[a:b], -1)
         decay.carry_backward(starts, dZ)
         X_rows = X.transpose(-1, -2)
         dqs, dps = decay.pair_backward(rows_times(dos, X_rows), A, qs, ps, exclusive=exclusive, strict=exclusive)
-        des, dps_erase = decay.pair_backward((dB @ X_rows).neg_()[:, :, None], L, es, ps, exclusive=before_decay, strict=True)
+        des, dps_erase = decay.pair_backward(minus_product(dB, X_rows)[:, :, None], L, es, ps, exclusive=before_decay, strict=True)
         starts = starts.transpose(-1, -2)
         dq_tilde = decay.prefix_backward(rows_times(dos, starts), qs, exclusive)
-        de_tilde = decay.prefix_backward((dB @ starts).neg_()[:, :, None], es, before_decay)
+        de_tilde = decay.prefix_backward(minus_product(dB, starts)[:, :, None], es, before_decay)
         dps = dps.add_(dps_erase).add_(fold(decay.suffix_backward(X @ dZ.transpose(-1, -2), ps), ps.shape[1]))
         des = ungroup(des, es.shape[1]) + ungroup(de_tilde, es.shape[1])
         if bs is not None:

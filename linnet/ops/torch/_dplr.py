@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from linnet.ops.torch._chunks import Chunks
-from linnet.ops.torch._decay import column_sums, expand, fold, rows_times, transposed_times
+from linnet.ops.torch._decay import add_product_, column_sums, expand, fold, minus_product, rows_times, transposed_times
 from linnet.ops.torch._inverse import unit_lower_inverse
 from linnet.ops.torch._linear import group, initial, keep, make_decay, run_states, ungroup
 
@@ -47,14 +47,13 @@ def forward(q, e, w, p, u, g, S0, cu_seqlens, scale: float, heads: int, chunk: i
         starts, R = grid.buffer("starts", tuple(writes.shape), u, dtype), grid.buffer("R", tuple(us.shape), u, dtype)
         for a, b, n in grid.waves(span):
             starts[a:b] = S[:n]
-            torch.matmul(inverse[a:b], reads[a:b] + e_tilde[a:b] @ S[:n], out=R[a:b])
+            torch.matmul(inverse[a:b], add_product_(reads[a:b], e_tilde[a:b], S[:n]), out=R[a:b])
             decay.carry_(S[:n], slice(a, b))
-            S[:n] += writes[a:b]
-            S[:n] -= w_hat[a:b] @ R[a:b]
-        out = rows_times(decay.pair(qs, ps, **READ), us)
-        out -= rows_times(decay.pair(qs, ws, **READ), R)
-        out += rows_times(decay.prefix(qs, False), starts)
-        grid.put(o, out.flatten(1, 2), span)
+            S[:n] += add_product_(writes[a:b], w_hat[a:b], R[a:b], -1)
+        out = decay.pair(qs, ps, **READ).flatten(2, 3) @ us
+        add_product_(out, decay.pair(qs, ws, **READ).flatten(2, 3), R, -1)
+        add_product_(out, decay.prefix(qs, False).flatten(2, 3), starts)
+        grid.put(o, out.unflatten(2, (-1, grid.C)).flatten(1, 2), span)
         if save:
             grid.put(R_all, R, span)
     return o, grid.unsort(S), R_all, saved
@@ -84,24 +83,23 @@ def backward(do, dS, R_all, saved, q, e, w, p, u, g, cu_seqlens, scale: float, h
         dB, dZ = grid.buffer("dB", tuple(dR.shape), u, dtype), grid.buffer("dZ", tuple(starts.shape), u, dtype)
         for a, b, n in reversed(grid.waves(span)):
             dZ[a:b] = dS[:n]
-            torch.matmul(inverse[a:b], dR[a:b] - w_hat[a:b] @ dS[:n], out=dB[a:b])
+            torch.matmul(inverse[a:b], add_product_(dR[a:b], w_hat[a:b], dS[:n], -1), out=dB[a:b])
             decay.carry_(dS[:n], slice(a, b))
-            dS[:n] += local[a:b]
-            dS[:n] += e_tilde[a:b] @ dB[a:b]
+            dS[:n] += add_product_(local[a:b], e_tilde[a:b], dB[a:b])
         decay.carry_backward(starts, dZ)
         dus = column_sums(A, dos)
-        dus += p_hat @ dZ
-        dus += column_sums(M, dB[:, :, None])
+        add_product_(dus, p_hat, dZ)
+        add_product_(dus, M[:, :, 0].transpose(-1, -2), dB)
         u_rows, R_rows = us.transpose(-1, -2), R.transpose(-1, -2)
         dq1, dp1 = decay.pair_backward(rows_times(dos, u_rows), A, qs, ps, **READ)
         dq2, dw1 = decay.pair_backward(rows_times(dos, R_rows).neg_(), A_w, qs, ws, **READ)
-        de1, dw2 = decay.pair_backward((dB @ R_rows).neg_()[:, :, None], L, es, ws, **ERASE)
+        de1, dw2 = decay.pair_backward(minus_product(dB, R_rows)[:, :, None], L, es, ws, **ERASE)
         de2, dp2 = decay.pair_backward((dB @ u_rows)[:, :, None], M, es, ps, **ERASE)
         starts, dZ_rows = starts.transpose(-1, -2), dZ.transpose(-1, -2)
         dq3 = decay.prefix_backward(rows_times(dos, starts), qs, False)
         de3 = decay.prefix_backward((dB @ starts)[:, :, None], es, True)
         dp3 = decay.suffix_backward(us @ dZ_rows, ps)
-        dw3 = decay.suffix_backward((R @ dZ_rows).neg_(), ws)
+        dw3 = decay.suffix_backward(minus_product(R, dZ_rows), ws)
         grid.put(dq, (ungroup(dq1 + dq2, Hq) + ungroup(dq3, Hq)).mul_(scale), span)
         grid.put(de, ungroup(de1 + de2, e.shape[2]) + ungroup(de3, e.shape[2]), span)
         grid.put(dw, dw1 + dw2 + fold(dw3, w.shape[2]), span)

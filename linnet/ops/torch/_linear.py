@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from linnet.ops.torch._chunks import Chunks
-from linnet.ops.torch._decay import Decay, NoDecay, column_sums, expand, fold, rows_times, transposed_times
+from linnet.ops.torch._decay import Decay, NoDecay, add_product_, column_sums, expand, fold, rows_times, transposed_times
 
 
 def group(x: Tensor, heads: int) -> Tensor:
@@ -66,9 +66,8 @@ def forward(q, k, v, g, S0, cu_seqlens, scale: float, exclusive: bool, heads: in
         decay = make_decay(gs, heads, exclusive)
         A = decay.pair(qs, ks, exclusive=exclusive, strict=exclusive)
         starts = run_states(grid, span, S, decay, decay.suffix(ks).transpose(-1, -2) @ vs)
-        out = rows_times(A, vs)
-        out += rows_times(decay.prefix(qs, exclusive), starts)
-        grid.put(o, out.flatten(1, 2), span)
+        out = add_product_(A.flatten(2, 3) @ vs, decay.prefix(qs, exclusive).flatten(2, 3), starts)
+        grid.put(o, out.unflatten(2, (-1, grid.C)).flatten(1, 2), span)
     return o, grid.unsort(S), saved
 
 
@@ -95,8 +94,7 @@ def backward(do, dS, saved, q, k, v, g, cu_seqlens, scale: float, exclusive: boo
             dS[:n] += local[a:b]
         decay.carry_backward(starts, dZ)
         A = decay.pair(qs, ks, exclusive=exclusive, strict=exclusive)
-        dvs = column_sums(A, dos)
-        dvs += k_hat @ dZ
+        dvs = add_product_(column_sums(A, dos), k_hat, dZ)
         dA = rows_times(dos, vs.transpose(-1, -2))
         dqs, dks = decay.pair_backward(dA, A, qs, ks, exclusive=exclusive, strict=exclusive)
         dq_tilde = decay.prefix_backward(rows_times(dos, starts.transpose(-1, -2)), qs, exclusive)

@@ -46,6 +46,17 @@ def _without_save(options: list) -> list:
     return [*options[:-2], options[-1]]
 
 
+def _only_first_two(ctx, output: tuple[Tensor, ...]) -> None:
+    """o and S have gradients, the saved tensors have none; a gradient that is missing stays None instead of becoming zeros."""
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+    ctx.output_like = (output[0].shape, output[0].dtype)
+
+
+def _gradient_of_output(ctx, do: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_zeros(ctx.output_like[0], dtype=ctx.output_like[1]) if do is None else do
+
+
 def needs_backward(*tensors: Tensor | None) -> bool:
     """Whether a backward pass can follow: what it needs is stored only then."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
@@ -95,12 +106,13 @@ def _linear_setup(ctx, inputs, output):
     q, k, v, g, S0, cu_seqlens, *options = inputs
     ctx.options = _without_save(options)
     ctx.save_for_backward(q, k, v, g, cu_seqlens, output[2])
+    _only_first_two(ctx, output)
     ctx.state_dtype = None if S0 is None else S0.dtype
 
 
 def _linear_backward(ctx, do, dS, _):
     q, k, v, g, cu_seqlens, saved = ctx.saved_tensors
-    dq, dk, dv, dg, dS0 = linear_backward_op(do, dS, saved, q, k, v, g, cu_seqlens, *ctx.options)
+    dq, dk, dv, dg, dS0 = linear_backward_op(_gradient_of_output(ctx, do, q), dS, saved, q, k, v, g, cu_seqlens, *ctx.options)
     dg = None if g is None else dg.to(g.dtype)
     dS0 = None if ctx.state_dtype is None else dS0.to(ctx.state_dtype)
     return dq, dk, dv, dg, dS0, *[None] * 7
@@ -157,12 +169,13 @@ def _delta_setup(ctx, inputs, output):
     *operands, S0, cu_seqlens = inputs[:9]
     ctx.options = _without_save(inputs[9:])
     ctx.save_for_backward(*operands, cu_seqlens, output[2], output[3])
+    _only_first_two(ctx, output)
     ctx.state_dtype = None if S0 is None else S0.dtype
 
 
 def _delta_backward(ctx, do, dS, *_):
     *operands, cu_seqlens, X, saved = ctx.saved_tensors
-    *grads, dS0 = delta_backward_op(do, dS, X, saved, *operands, cu_seqlens, *ctx.options)
+    *grads, dS0 = delta_backward_op(_gradient_of_output(ctx, do, operands[0]), dS, X, saved, *operands, cu_seqlens, *ctx.options)
     grads = [None if x is None else d.to(x.dtype) for d, x in zip(grads, operands, strict=True)]
     return *grads, None if ctx.state_dtype is None else dS0.to(ctx.state_dtype), *[None] * 8
 
@@ -211,12 +224,13 @@ def _dplr_setup(ctx, inputs, output):
     q, e, w, p, u, g, S0, cu_seqlens, *options = inputs
     ctx.options = _without_save(options)
     ctx.save_for_backward(q, e, w, p, u, g, cu_seqlens, output[2], output[3])
+    _only_first_two(ctx, output)
     ctx.state_dtype = None if S0 is None else S0.dtype
 
 
 def _dplr_backward(ctx, do, dS, *_):
     q, e, w, p, u, g, cu_seqlens, R, saved = ctx.saved_tensors
-    *grads, dg, dS0 = dplr_backward_op(do, dS, R, saved, q, e, w, p, u, g, cu_seqlens, *ctx.options)
+    *grads, dg, dS0 = dplr_backward_op(_gradient_of_output(ctx, do, q), dS, R, saved, q, e, w, p, u, g, cu_seqlens, *ctx.options)
     dg = None if g is None else dg.to(g.dtype)
     dS0 = None if ctx.state_dtype is None else dS0.to(ctx.state_dtype)
     return *grads, dg, dS0, *[None] * 6
