@@ -102,6 +102,7 @@ def _typical_arguments(device: Any) -> dict[str, dict[str, Any]]:
         "short_conv": lambda: ops.short_conv(x(B, T, D), x(D, W)),
         "token_shift": lambda: ops.token_shift(x(B, T, D)),
         "cumulative_logsumexp": lambda: ops.cumulative_logsumexp(x(B, T, D)),
+        "long_conv": lambda: ops.long_conv(x(B, T, D), x(D, T)),
         "softmax_attention": lambda: ops.softmax_attention(q_BTHK, q_BTHK, v_BTHV),
     }
     recorded: dict[str, dict[str, Any]] = {}

@@ -34,14 +34,19 @@ class DeltaMixer(Mixer):
         """(o [B, T, H, V], new state) of the projections, then the state and the context."""
         raise NotImplementedError
 
-    def add_block(self, gate: str | None, **addresses: int) -> None:
-        """q_proj, k_proj, v_proj, then one Linear per further address, their convolution, o_norm with `gate`'s activation, o_proj."""
+    def add_block(self, gate: str | None, *, value_conv: bool = True, **addresses: int) -> None:
+        """q_proj, k_proj, v_proj, one Linear per further address, their convolution, o_norm with `gate`'s activation, o_proj.
+
+        value_conv=False: v passes neither convolution nor SiLU.
+        """
         c = self.config
         keys, values = c.heads * c.key_size, c.state_heads * c.value_size
         widths = {"q_proj": keys, "k_proj": self.steps * keys, "v_proj": self.steps * values} | addresses
         for name, width in widths.items():
             self.add_module(name, nn.Linear(c.d_model, width, bias=False))
-        self.inputs, self.widths = tuple(widths), tuple(widths.values())
+        if not value_conv:
+            widths.pop("v_proj")
+        self.value_conv, self.inputs, self.widths = value_conv, tuple(widths), tuple(widths.values())
         self.conv = L.ShortConv(sum(self.widths), c.conv_size) if c.conv_size else None
         norm = L.RMSNorm(c.value_size, eps=c.norm_eps)
         self.o_norm = L.GatedRMSNorm(c.value_size, eps=c.norm_eps, activation=gate) if gate else norm
@@ -66,7 +71,8 @@ class DeltaMixer(Mixer):
         """[q, k, v, further addresses] and the convolution's state."""
         c, y_BTE = self.config, torch.cat([getattr(self, name)(x_BTD) for name in self.inputs], -1)
         y_BTE, conv = self.conv(y_BTE, conv, context) if self.conv is not None else (F.silu(y_BTE), None)
-        q_BTE, k_BTE, v_BTE, *rest = y_BTE.split(self.widths, -1)
+        q_BTE, k_BTE, *rest = y_BTE.split(self.widths, -1)
+        v_BTE = rest.pop(0) if self.value_conv else self.v_proj(x_BTD)
         addresses = [L.l2_norm(L.split_heads(e_BTE, c.heads)) for e_BTE in rest]
         k_BTHK, v_BTHV = self.per_step(k_BTE, c.heads), self.per_step(v_BTE, c.state_heads)
         return [L.l2_norm(L.split_heads(q_BTE, c.heads)), self.key(k_BTHK), v_BTHV, *addresses], conv

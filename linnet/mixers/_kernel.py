@@ -93,16 +93,16 @@ class KernelAttention(Mixer):
 
     def forward(self, x_BTD: Tensor, state: State | None = None, *, context: Context | None = None) -> tuple[Tensor, State | None]:
         c, context = self.config, context or Context()
-        *past, length_N = self.open_state(
-            state, "S", "z", "m" if self.gain else None, "length" if self.positional else None
-        )
+        names = ("S", "z", "m" if self.gain else None, "length" if self.positional else None)
+        *past, length_N = self.open_state(state, *names)
+        past = None if state is None else tuple(y for y in past if y is not None)
         q_BTHK = L.split_heads(self.q_proj(x_BTD), c.heads)
         k_BTHK, v_BTHV = (L.split_heads(p(x_BTD), c.groups) for p in (self.k_proj, self.v_proj))
         positions_BT = L.token_positions(x_BTD, context, length_N) if self.positional else None
         q_BTHF, k_BTHF, gain_BTH = self.phi(q_BTHK, k_BTHK, positions_BT)
         o_BTHV, new = ops.linear_attention(
             q_BTHF.to(v_BTHV.dtype), k_BTHF.to(v_BTHV.dtype), v_BTHV, log_gain=gain_BTH, normalizer="sum",
-            normalizer_eps=c.normalizer_eps, scale=1.0, initial_state=None if state is None else tuple(y for y in past if y is not None),
+            normalizer_eps=c.normalizer_eps, scale=1.0, initial_state=past,
             return_state=context.return_state, cu_seqlens=context.cu_seqlens,
         )  # fmt: skip
         if new is not None and self.positional:

@@ -140,6 +140,33 @@ class GatedRMSNorm(RMSNorm):
         return y.to(x.dtype)
 
 
+class HeadLayerNorm(nn.Module):
+    """LayerNorm over the channels of each head, [B,T,H,V] -> [B,T,H*V], with a weight (and a bias) per channel of every head."""
+
+    def __init__(self, heads: int, size: int, *, eps: float = 1e-6, bias: bool = False):
+        super().__init__()
+        self.size, self.eps = size, eps
+        self.weight = nn.Parameter(torch.ones(heads * size))
+        self.bias = nn.Parameter(torch.zeros(heads * size)) if bias else None
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x_BTHV: Tensor) -> Tensor:
+        y_BTD = F.layer_norm(full(x_BTHV), (self.size,), eps=self.eps).flatten(2) * self.weight
+        return (y_BTD if self.bias is None else y_BTD + self.bias).to(x_BTHV.dtype)
+
+
+NORMS = ("srms", "rms", "layer")
+
+
+def make_norm(kind: str, size: int, eps: float) -> nn.Module:
+    """A norm by name: "srms" x / sqrt(mean(x^2)), without a weight (SimpleRMSNorm); "rms" with one; "layer" LayerNorm."""
+    return nn.LayerNorm(size, eps=eps) if kind == "layer" else RMSNorm(size, eps=eps, affine=kind == "rms")
+
+
 # ---- initialisation ------------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +207,55 @@ def init_A_log(A_log: Tensor, low: float = 1.0, high: float = 16.0) -> None:
 def mamba_log_decay(x_BTH: Tensor, A_log_H: Tensor, dt_bias_H: Tensor) -> Tensor:
     """g = -exp(A_log) softplus(x + dt_bias), the log-decay of Mamba-2 and Gated DeltaNet, in at least fp32."""
     return -full(A_log_H).exp() * F.softplus(full(x_BTH) + full(dt_bias_H))
+
+
+def init_bound(logit_D: Tensor, layer: int, layers: int) -> None:
+    """sigmoid = 1 / (L - l + 1), the step from (l-1)/L to l/L of `lower_bound`."""
+    nn.init.constant_(logit_D, -math.log(max(layers - layer, 1e-3)))
+
+
+def lower_bound(kind: str, logit_D: Tensor | None, key: str, layer: int, layers: int, context: Context) -> Tensor | float:
+    """The lower bound of the forget gates of layer l of L (HGRN), 0 in the first one: "learned", "fixed" l/L, or "none".
+
+    Learned: lb_l = lb_{l-1} + (1 - lb_{l-1}) sigmoid(logit); lb_{l-1} comes from context.shared[key], through which gradients
+    reach the layers below. Layers without a bound count as fixed steps.
+    """
+    if kind == "none" or layer == 0:
+        return 0.0
+    if kind == "fixed":
+        return layer / layers
+    bounds = context.shared.setdefault(key, {})
+    below = max([0] + [k for k in bounds if k < layer])
+    previous = bounds.get(below, 0.0)
+    previous = previous + (1 - previous) * (layer - 1 - below) / (layers - below)
+    bounds[layer] = previous + (1 - previous) * torch.sigmoid(full(logit_D))
+    return bounds[layer]
+
+
+def bounded_gate(x_BTD: Tensor, bound: Tensor | float) -> tuple[Tensor, Tensor]:
+    """(log f, 1 - f) of the forget gate f = lb + (1 - lb) sigmoid(x), without leaving log space."""
+    log_f_BTD = F.logsigmoid(x_BTD)
+    if not isinstance(bound, float) or bound > 0:
+        bound = (x_BTD.new_full((), bound) if isinstance(bound, float) else bound).clamp_min(1e-30)
+        log_f_BTD = torch.logaddexp(bound.log(), torch.log1p(-bound) + log_f_BTD)
+    return log_f_BTD, (1 - bound) * torch.sigmoid(-x_BTD)
+
+
+def constant_log_decays(kind: str, heads: int, layer: int, layers: int, like: Tensor) -> Tensor:
+    """The constant log-decay of every head [H] in layer l of L, in at least fp32 on the device of `like`; h = 0 .. H-1.
+
+    "retnet" log(1 - 2^(-5-h)). "tnl" -(8h/H)(1 - l/L), the paper of TransNormerLLM. "alibi" -2^(-8(h+1)/H) (1 - l/(L-1) + 1e-5),
+    its code and MiniMax. "alibi_interleaved": the slopes of ALiBi where H is not a power of two: those of the power P below,
+    then every second one of 2P; the code of TransNormerLLM.
+    """
+    h = torch.arange(heads, dtype=state_dtype(like), device=like.device)
+    if kind == "retnet":
+        return torch.log1p(-torch.exp2(-5 - h))
+    if kind == "tnl":
+        return -(8 / heads) * (1 - layer / layers) * h
+    power = heads if kind == "alibi" else 1 << (heads.bit_length() - 1)
+    exponent = torch.where(h < power, (8 / power) * (h + 1), (4 / power) * (2 * (h - power) + 1))
+    return -torch.exp2(-exponent) * (1 - layer / (layers - 1 + 1e-5) + 1e-5)
 
 
 class LowRank(nn.Module):

@@ -22,6 +22,7 @@ class GLAConfig:
     kv_heads: heads of k, v and the decay, a divisor of `heads` (None: `heads`).
     expand_k, expand_v: key and value width over d_model. gate_rank: rank of the decay projection.
     temperature: tau, the log-decay is logsigmoid(.) / tau. decay_min: clamp the log-decay from below (None: not clamped).
+    allow_neg_eigval: alpha in (-1, 1), 2 alpha - 1 in place of alpha (Grazzi et al. 2024, arXiv 2411.12537).
     feature_map: of q and k ("identity", "elu+1", "relu", "silu"). conv_size: width of a short convolution on q, k, v (None: none).
     """
 
@@ -33,6 +34,7 @@ class GLAConfig:
     gate_rank: int = 16
     temperature: float = 16.0
     decay_min: float | None = None
+    allow_neg_eigval: bool = False
     feature_map: str = "identity"
     conv_size: int | None = None
     norm_eps: float = 1e-5
@@ -45,6 +47,7 @@ class GLAConfig:
         )
         L.check_number("gla", float("-inf"), 0, decay_min=self.decay_min)
         L.check_feature_map("gla", feature_map=self.feature_map)
+        L.check_choice("gla", (True, False), allow_neg_eigval=self.allow_neg_eigval)
         if self.heads % self.groups:
             L.refuse("gla", "kv_heads", f"a divisor of heads = {self.heads}", self.kv_heads)
         L.divided("gla", "expand_k", self.d_model * self.expand_k, self.heads)
@@ -106,9 +109,32 @@ class GLA(Mixer):
         g_BTHK = L.split_heads(F.logsigmoid(L.full(self.gk_proj(x_BTD))) / c.temperature, c.groups)
         if c.decay_min is not None:
             g_BTHK = g_BTHK.clamp_min(c.decay_min)
+        q_BTHK, k_BTHK, sign_NHK = self.phi(q_BTHK), self.phi(k_BTHK), None
+        if c.allow_neg_eigval:
+            g_BTHK, sign_BTHK, sign_NHK = signed_decay(g_BTHK, context)
+            k_BTHK = k_BTHK * sign_BTHK.to(k_BTHK.dtype)
+            q_BTHK = q_BTHK * sign_BTHK.to(q_BTHK.dtype).repeat_interleave(c.heads // c.groups, 2)
         o_BTHV, new = ops.linear_attention(
-            self.phi(q_BTHK), self.phi(k_BTHK), v_BTHV, g_BTHK, log_decay_min=c.decay_min, initial_state=S,
+            q_BTHK, k_BTHK, v_BTHV, g_BTHK, log_decay_min=None if c.allow_neg_eigval else c.decay_min, initial_state=S,
             return_state=context.return_state, cu_seqlens=context.cu_seqlens,
         )  # fmt: skip
+        if new is not None and sign_NHK is not None:
+            new = (new[0] * sign_NHK.unsqueeze(-1),)
         y_BTD = self.o_proj(self.o_norm(o_BTHV, L.split_heads(self.g_proj(x_BTD), c.heads)).flatten(2))
         return y_BTD, self.close_state(context, conv, *(new or ()))
+
+
+def signed_decay(g_BTHK: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+    """(log |a|, the product of the signs of a up to each token, that of the whole row [N,H,K]) for a = 2 e^g - 1.
+
+    With the products pi in q and k, S_t = Diag(a_t) S_{t-1} + k_t v_t^T is pi_t times a recurrence with the decay |a|. A factor
+    below 1e-6 counts as 1e-6, where the gradient of its logarithm has no digits left.
+    """
+    a_BTHK = 1 + 2 * torch.expm1(g_BTHK)
+    sign_BTHK = torch.where(a_BTHK < 0, -1.0, 1.0).to(g_BTHK.dtype)
+    rows = g_BTHK.shape[0] if context.cu_seqlens is None else context.cu_seqlens.numel() - 1
+    product_BTHK, last = ops.scan(
+        torch.zeros_like(sign_BTHK), a=sign_BTHK, initial_state=(sign_BTHK.new_ones((rows, *sign_BTHK.shape[2:])),),
+        return_state=True, cu_seqlens=context.cu_seqlens,
+    )  # fmt: skip
+    return a_BTHK.abs().clamp_min(1e-6).log(), product_BTHK, last[0]

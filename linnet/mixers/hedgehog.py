@@ -18,7 +18,7 @@ from linnet.mixers._registry import register_mixer
 class HedgehogConfig(KernelConfig):
     """Options of `hedgehog`.
 
-    feature_map: of u = W x + b; "exp" [exp(u), exp(-u)], the paper's formula, exact for any u; "softmax" over [2u, -2u]
+    feature_map: of u = W x + b; "exp" [exp(u), exp(-u)], the paper's formula; "softmax" over [2u, -2u]
         (flash-linear-attention); "softmax_halves" [softmax(u), softmax(-u)] and "exp_max" [exp(u - max u), exp(-u + min u)]
         (LoLCATs). Weights trained with one do not fit another.
     map_bias: whether the map has b. tied: one map for q and k (then heads = kv_heads). The others: `KernelConfig`.
@@ -50,7 +50,8 @@ class Hedgehog(KernelAttention):
         o_t = sum_s phi_q(q_t).phi_k(k_s) v_s / (sum_s phi_q(q_t).phi_k(k_s) + eps)
 
     Maps to `linnet.ops.linear_attention` with normalizer="sum", scale 1; for "exp" the largest exponent of a key is its log_gain,
-    that of a query is taken out (the ratio does not change). State: S [N,H,2K,V], z [N,H,2K], for "exp" m [N,H].
+    that of a query is taken out (the ratio does not change), and no feature is below 1e-12 of the largest.
+    State: S [N,H,2K,V], z [N,H,2K], for "exp" m [N,H].
     """
 
     Config = HedgehogConfig
@@ -76,5 +77,11 @@ class Hedgehog(KernelAttention):
         q, k = L.full(self.q_map(q_BTHK)), L.full((self.k_map or self.q_map)(k_BTHK))
         if not self.gain:
             return hedgehog_features(q, self.config.feature_map), hedgehog_features(k, self.config.feature_map), None
-        (q, _), (k, top_BTH) = ((torch.cat((u - m, -u - m), -1).exp(), m[..., 0]) for u, m in ((u, u.detach().abs().amax(-1, True)) for u in (q, k)))
+        (q, _), (k, top_BTH) = (_spread(u) for u in (q, k))
         return q, k, top_BTH
+
+
+def _spread(u: Tensor) -> tuple[Tensor, Tensor]:
+    """([e^u, e^-u] / e^m, m) with m = max |u|; at least 1e-12, so that two features of different channels still meet."""
+    m = u.detach().abs().amax(-1, keepdim=True)
+    return torch.cat((u - m, -u - m), -1).exp().clamp_min(1e-12), m[..., 0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -78,25 +77,15 @@ class HGRN(Mixer):
         L.init_normal(self)
         if isinstance(self.o_norm, nn.LayerNorm):
             self.o_norm.reset_parameters()
-        if self.bound_logit is not None:  # sigmoid = 1 / (L - l + 1), the step from (l-1)/L to l/L
-            nn.init.constant_(self.bound_logit, -math.log(max(self.num_layers - self.layer_index, 1e-3)))
+        if self.bound_logit is not None:
+            L.init_bound(self.bound_logit, self.layer_index, self.num_layers)
 
     def state_spec(self) -> StateSpec:
         return self.make_spec(conv=self.conv.state_shape if self.conv else None, h=(self.config.width,))
 
     def bound(self, context: Context) -> Tensor | float:
         """The lower bound of this layer, 0 in the first one."""
-        l, layers = self.layer_index, self.num_layers
-        if self.config.lower_bound == "none" or l == 0:
-            return 0.0
-        if self.config.lower_bound == "fixed":
-            return l / layers
-        bounds = context.shared.setdefault(SHARED, {})
-        below = max([0] + [k for k in bounds if k < l])
-        previous = bounds.get(below, 0.0)
-        previous = previous + (1 - previous) * (l - 1 - below) / (layers - below)  # layers of other kinds count as fixed steps
-        bounds[l] = previous + (1 - previous) * torch.sigmoid(L.full(self.bound_logit))
-        return bounds[l]
+        return L.lower_bound(self.config.lower_bound, self.bound_logit, SHARED, self.layer_index, self.num_layers, context)
 
     def forward(self, x_BTD: Tensor, state: State | None = None, *, context: Context | None = None) -> tuple[Tensor, State | None]:
         context = context or Context()
@@ -104,12 +93,8 @@ class HGRN(Mixer):
         i_BTE, f_BTE = self.i_proj(x_BTD), L.full(self.f_proj(x_BTD))
         if self.conv is not None:
             i_BTE, conv = self.conv(i_BTE, conv, context)
-        lb = self.bound(context)
-        log_f_BTE = F.logsigmoid(f_BTE)
-        if not isinstance(lb, float) or lb > 0:  # log(lb + (1 - lb) sigmoid(f)) without leaving log space
-            lb = (f_BTE.new_full((), lb) if isinstance(lb, float) else lb).clamp_min(1e-30)
-            log_f_BTE = torch.logaddexp(lb.log(), torch.log1p(-lb) + log_f_BTE)
-        input_BTE = (1 - lb) * torch.sigmoid(-f_BTE) * F.silu(L.full(i_BTE))
+        log_f_BTE, kept_BTE = L.bounded_gate(f_BTE, self.bound(context))
+        input_BTE = kept_BTE * F.silu(L.full(i_BTE))
         h_BTE, new = ops.scan(
             input_BTE, log_a=log_f_BTE, initial_state=h, return_state=context.return_state, cu_seqlens=context.cu_seqlens
         )

@@ -22,7 +22,7 @@ class MambaConfig:
     d_state: N, state channels per inner channel. expand: inner width over d_model. d_conv: taps of the short convolution.
     dt_rank: rank of the step-size projection (None: ceil(d_model / 16)). dt_init: "random" or "constant" weights of W_dt, in
     +-dt_scale dt_rank^-1/2. dt_min, dt_max, dt_floor: the step sizes at the start. bias, conv_bias: biases of the projections
-    and of the convolution.
+    and of the convolution. allow_neg_eigval: factors 2 exp(delta A) - 1 in (-1, 1) instead of exp(delta A).
     """
 
     d_model: int
@@ -37,11 +37,13 @@ class MambaConfig:
     dt_floor: float = 1e-4
     bias: bool = False
     conv_bias: bool = True
+    allow_neg_eigval: bool = False
 
     def __post_init__(self):
         L.check_positive("mamba", d_model=self.d_model, d_state=self.d_state, d_conv=self.d_conv, dt_rank=self.dt_rank)
         L.check_number("mamba", 0, expand=self.expand, dt_scale=self.dt_scale, dt_min=self.dt_min, dt_floor=self.dt_floor)
         L.check_choice("mamba", ("random", "constant"), dt_init=self.dt_init)
+        L.check_choice("mamba", (False, True), allow_neg_eigval=self.allow_neg_eigval)
         L.check_number("mamba", self.dt_min, dt_max=self.dt_max)
         L.divided("mamba", "expand", self.d_model * self.expand, 1)
 
@@ -103,8 +105,13 @@ class Mamba(Mixer):
         u_BTE, conv = self.conv(u_BTE, conv, context)
         dt_BTR, B_BTN, C_BTN = self.x_proj(u_BTE).split((c.rank, c.d_state, c.d_state), -1)
         delta_BTE = F.softplus(L.full(F.linear(dt_BTR, self.dt_proj.weight)) + L.full(self.dt_proj.bias))
-        y_BTE, new = ops.selective_scan(
-            u_BTE, delta_BTE, -L.full(self.A_log).exp(), B_BTN, C_BTN, L.full(self.D), z_BTE, initial_state=h,
-            return_state=context.return_state, cu_seqlens=context.cu_seqlens,
-        )  # fmt: skip
+        A_EN, D_E = -L.full(self.A_log).exp(), L.full(self.D)
+        keep = {"initial_state": h, "return_state": context.return_state, "cu_seqlens": context.cu_seqlens}
+        if c.allow_neg_eigval:
+            a_BTEN = 1 + 2 * torch.expm1(delta_BTE[..., None] * A_EN)
+            h_BTEN, new = ops.scan((delta_BTE * L.full(u_BTE))[..., None] * L.full(B_BTN)[:, :, None], a=a_BTEN, **keep)
+            y_BTE = torch.einsum("bten,btn->bte", h_BTEN, L.full(C_BTN)) + D_E * u_BTE
+            y_BTE = (y_BTE * F.silu(L.full(z_BTE))).to(x_BTD.dtype)
+        else:
+            y_BTE, new = ops.selective_scan(u_BTE, delta_BTE, A_EN, B_BTN, C_BTN, D_E, z_BTE, **keep)
         return self.out_proj(y_BTE), self.close_state(context, conv, *(new or ()))

@@ -52,7 +52,10 @@ def orthogonal_features(rows: int, size: int, seed: int, row_norms: str = "chi")
     """w [rows, size] fp64 on the CPU: blocks of `size` orthogonal rows, of the lengths of Gaussian vectors or size^1/2."""
     draw = torch.Generator("cpu").manual_seed(seed)
     options = {"generator": draw, "dtype": torch.float64, "device": "cpu"}
-    blocks = [torch.linalg.qr(torch.randn(size, size, **options))[0].T for _ in range(-(-rows // size))]
+    blocks = []
+    for _ in range(-(-rows // size)):
+        Q, R = torch.linalg.qr(torch.randn(size, size, **options))
+        blocks.append((Q * R.diagonal().sign()).T)  # QR alone fixes signs, which would bias the kernel
     norms = torch.randn(rows, size, **options).norm(dim=1) if row_norms == "chi" else math.sqrt(size)
     return torch.cat(blocks)[:rows] * torch.as_tensor(norms, device="cpu").reshape(-1, 1)
 
@@ -65,7 +68,8 @@ class Performer(KernelAttention):
         o_t = sum_s phi(q_t).phi(k_s) v_s / (sum_s phi(q_t).phi(k_s) + eps')
 
     Maps to `linnet.ops.linear_attention` with normalizer="sum", scale 1; the largest exponent of a key is its log_gain, whose
-    running maximum keeps the sums in range without looking ahead. w depends on (seed, layer) alone: it is neither trained nor saved.
+    running maximum keeps the sums in range without looking ahead.
+    w depends on (seed, layer) alone: it is neither trained nor saved.
     State: S [N,H,F,V], z [N,H,F], m [N,H] (for "softmax").
     """
 

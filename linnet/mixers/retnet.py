@@ -107,16 +107,10 @@ class RetNet(Mixer):
 
     def log_decays(self, like: Tensor) -> Tensor:
         """The constant log-decay of every head [H], in at least fp32 on the device of `like`."""
-        c, l, layers = self.config, self.layer_index, self.num_layers
-        options = {"dtype": L.state_dtype(like), "device": like.device}
+        c = self.config
         if isinstance(c.decay, tuple):
-            return torch.tensor(c.decay, **options)
-        h = torch.arange(c.heads, **options)
-        if c.decay == "retnet":
-            return torch.log1p(-torch.exp2(-5 - h))
-        if c.decay == "tnl":
-            return -(8 / c.heads) * (1 - l / layers) * h
-        return -torch.exp2(-(8 / c.heads) * (h + 1)) * (1 - l / (layers - 1 + 1e-5) + 1e-5)
+            return torch.tensor(c.decay, dtype=L.state_dtype(like), device=like.device)
+        return L.constant_log_decays(c.decay, c.heads, self.layer_index, self.num_layers, like)
 
     def forward(self, x_BTD: Tensor, state: State | None = None, *, context: Context | None = None) -> tuple[Tensor, State | None]:
         c, context = self.config, context or Context()

@@ -7,6 +7,7 @@ Every operator takes [B, T, ...] operands, an optional `initial_state`, optional
 # `import torch` must not appear in this file: the subpackage linnet.ops.torch would replace the name.
 from linnet.ops import reference as reference
 from linnet.ops import torch as torch
+from linnet.ops import triton as triton
 from linnet.ops._dispatch import backends_of, choose, debug, execute, operators, use_handler
 from linnet.ops.affine import Segment, summarize, summarize_grad
 from linnet.ops.attention import softmax_attention

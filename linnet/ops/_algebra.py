@@ -142,7 +142,8 @@ def linear_attention(
     if normalizer is not None:
         o, denominator = o[..., :-1], o[..., -1]
         if normalizer == "sum":
-            denominator = denominator + normalizer_eps * (-top).exp()
+            if normalizer_eps:  # 0 * e^{-m} would be NaN once e^{-m} overflows
+                denominator = denominator + normalizer_eps * (-top).exp()
         else:
             denominator = torch.maximum(denominator.abs(), (-top).exp())
         o = o / denominator.unsqueeze(-1)

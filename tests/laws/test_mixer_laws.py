@@ -20,12 +20,20 @@ D, HEADS = 16, 2
 SMALL = {
     "mamba2": {"d_state": 6},
     "mamba": {"d_state": 4},
+    "mesa": {"cg_steps": 4},
+    "rls": {"cg_steps": 4},
     "rwkv7": {r: 4 for r in ("decay_rank", "a_rank", "value_rank", "gate_rank")},
     "based": {"feature_size": 4},
     "rebased": {"feature_size": 4},
     "cosformer": {"max_length": 128},
     "gsa": {"slots": 5},
+    "transnormer": {"block_size": 4},
     "rwkv6": {"shift_rank": 3, "decay_rank": 4},
+    "s4d": {"d_state": 6},
+    "dlr": {"d_state": 5},
+    "mamba3": {"d_state": 8},
+    "lssl": {"d_state": 4},
+    "fsmn": {"lookback": 3},
     "lightnet": {"gate_rank": 4},
 }
 VARIANTS = {
@@ -50,6 +58,7 @@ VARIANTS = {
     ),
     "retnet-rope": ("retnet", {"position": "rope", "decay": "tnl", "gate": None}),
     "gla-conv": ("gla", {"conv_size": 3, "kv_heads": 1, "feature_map": "relu", "decay_min": -0.03}),
+    "gla-signed": ("gla", {"allow_neg_eigval": True, "temperature": 1.0, "kv_heads": 1}),
     "mamba2-groups": ("mamba2", {"groups": 2, "norm_groups": 1, "norm_before_gate": True, "dt_limit": (0.01, 0.5), "bias": True}),
     "hgrn-conv": ("hgrn", {"conv_size": 4, "expand": 2, "output": "gate_norm", "lower_bound": "fixed"}),
     "deltanet-plain": ("deltanet", {"conv_size": None, "feature_map": "elu+1", "qk_norm": "sum", "gate": True, "beta": False}),
@@ -64,6 +73,8 @@ VARIANTS = {
     "osdn-head": ("osdn", {"forgetting": "head", "rate": 0.5, "conv_size": None}),
     "osdn-constant": ("osdn", {"forgetting": "constant", "keep": 0.9}),
     "preconditioned_deltanet-grouped": ("preconditioned_deltanet", {"value_heads": 4, "conv_size": None}),
+    "mesa-plain": ("mesa", {"gate": True, "conv_size": None, "cg_steps": 5, "expand_v": 2}),
+    "rls-forgetting": ("rls", {"gate": True, "conv_size": None, "keep": 0.95}),
     "dplr-free": ("dplr", {"tied": False, "value_heads": 4, "decay_gate": "safe"}),
     "hedgehog-exp": ("hedgehog", {"feature_map": "exp", "kv_heads": 1, "bias": True, "head_dim": 6}),
     "hedgehog-softmax": ("hedgehog", {"feature_map": "softmax", "tied": True, "map_bias": False}),
@@ -85,7 +96,21 @@ VARIANTS = {
     "lightnet-sigmoid": ("lightnet", {"gate": "sigmoid", "expand_k": 0.5, "scale": 1.0}),
     "mlstm-sigmoid": ("mlstm", {"input_gate": "sigmoid", "bias": True, "soft_cap": None}),
     "mlstm-sigmoid-plain": ("mlstm", {"input_gate": "sigmoid", "normalizer": None, "expand_v": 1.5}),
+    "transnormer-norm": ("transnormer", {"attention": "norm", "feature_map": "elu", "norm": "layer", "bias": True}),
+    "transnormer-pairs": ("transnormer", {"attention": "diag", "block_size": 2}),
     "rebased-tied": ("rebased", {"tied": True, "kv_heads": 1}),
+    "mamba-negative": ("mamba", {"allow_neg_eigval": True}),
+    "slstm-plain": ("slstm", {"conv_size": None}),
+    "s4d-recurrent": ("s4d", {"init": "legs", "discretization": "bilinear", "output": "linear", "mode": "recurrent"}),
+    "s4d-real": ("s4d", {"init": "real"}),
+    "s4d-inv": ("s4d", {"init": "inv", "discretization": "bilinear"}),
+    "lssl-zoh": ("lssl", {"discretization": "zoh", "channels": 2, "mode": "recurrent"}),
+    "lssl-backward": ("lssl", {"discretization": "backward"}),
+    "mamba3-mimo": ("mamba3", {"rank": 2, "groups": 2, "decay": "softplus", "output_norm": True}),
+    "mamba3-half": ("mamba3", {"pairing": "half", "rope_fraction": 1.0}),
+    "dlr-recurrent": ("dlr", {"kernel": "sum", "mode": "recurrent"}),
+    "lru-plain": ("lru", {"d_state": 5, "gamma": False, "output": "none", "radius": (0.5, 0.99)}),
+    "fsmn-stride": ("fsmn", {"lookback_stride": 2, "coefficients": "scalar"}),
 }
 CASES = {name: (name, {}) for name in list_mixers()} | VARIANTS
 every_mixer = pytest.mark.parametrize("case", CASES)
@@ -388,6 +413,8 @@ def test_names_without_weight_decay_exist(case):
     names = {name for layer in (0, 1) for name, _ in make(case, layer_index=layer, num_layers=2).named_parameters()}
     name, options = CASES[case]
     optional = {"bound_logit"} if options.get("lower_bound") == "fixed" else set()
+    optional |= {"A_imag"} if options.get("init") == "real" else set()
+    optional |= {"M_x", "M_z", "M_o"} if options.get("rank", 1) == 1 else set()
     modules = {name.rpartition(".")[0] for name in names}
     modules |= {module.rpartition(".")[0] for module in modules}
     assert set(get_mixer(name).no_weight_decay) - optional <= names | modules
@@ -400,6 +427,32 @@ def test_a_state_of_another_layout_is_refused(case):
 
 
 BAD = {
+    "s4d": [
+        ({"d_state": 5}, "d_state"), ({"init": "random"}, "init"), ({"discretization": "euler"}, "discretization"),
+        ({"dt_max": 1e-4}, "dt_max"), ({"output": "relu"}, "output"), ({"mode": "fft"}, "mode"),
+    ],
+    "dlr": [
+        ({"d_state": 0}, "d_state"), ({"kernel": "prod"}, "kernel"), ({"dt_min": 0}, "dt_min"),
+        ({"bidirectional": True, "mode": "recurrent"}, "mode"),
+    ],
+    "lssl": [
+        ({"d_state": 0}, "d_state"), ({"channels": 0}, "channels"), ({"discretization": "euler"}, "discretization"),
+        ({"dt_max": 1e-4}, "dt_max"), ({"mode": "fft"}, "mode"),
+    ],
+    "mamba3": [
+        ({"groups": 3}, "groups"), ({"heads": 5}, "heads"), ({"head_dim": 7}, "head_dim"), ({"rank": 0}, "rank"),
+        ({"rope_fraction": 0.3}, "rope_fraction"), ({"rope_fraction": 1.5}, "rope_fraction"), ({"d_state": 7}, "d_state"),
+        ({"pairing": "thirds"}, "pairing"), ({"decay": "exp"}, "decay"), ({"A_floor": 0}, "A_floor"),
+    ],
+    "slstm": [({"heads": 3}, "heads"), ({"conv_size": 0}, "conv_size"), ({"norm_eps": 0}, "norm_eps")],
+    "lru": [
+        ({"radius": (0.5, 1.5)}, "radius"), ({"radius": 0.5}, "radius"),
+        ({"d_state": 0}, "d_state"), ({"output": "relu"}, "output"),
+    ],
+    "fsmn": [
+        ({"lookback": 0}, "lookback"), ({"lookahead": -1}, "lookahead"), ({"expand": 1.03}, "expand"),
+        ({"coefficients": "matrix"}, "coefficients"), ({"lookback_stride": 0}, "lookback_stride"),
+    ],
     "attention": [
         ({"heads": 3}, "heads"), ({"kv_heads": 3, "heads": 4}, "kv_heads"), ({"window": 0}, "window"),
         ({"position": "alibi"}, "position"), ({"rotary_dim": 3}, "rotary_dim"), ({"head_dim": 5}, "head_dim"),
@@ -416,11 +469,11 @@ BAD = {
     ],
     "gla": [
         ({"expand_k": 0}, "expand_k"), ({"temperature": -1}, "temperature"), ({"decay_min": 1.0}, "decay_min"),
-        ({"conv_size": 0}, "conv_size"), ({"gate_rank": 0}, "gate_rank"),
+        ({"conv_size": 0}, "conv_size"), ({"gate_rank": 0}, "gate_rank"), ({"allow_neg_eigval": 1}, "allow_neg_eigval"),
     ],
     "mamba": [
         ({"d_state": 0}, "d_state"), ({"dt_max": 0.0001}, "dt_max"), ({"dt_init": "zero"}, "dt_init"),
-        ({"expand": 1.03}, "expand"), ({"dt_rank": -1}, "dt_rank"),
+        ({"expand": 1.03}, "expand"), ({"dt_rank": -1}, "dt_rank"), ({"allow_neg_eigval": 2}, "allow_neg_eigval"),
     ],
     "mamba2": [
         ({"groups": 3}, "groups"), ({"heads": 5}, "heads"), ({"head_dim": 7}, "head_dim"),
@@ -452,6 +505,8 @@ BAD = {
         ({"precondition_max": -1}, "precondition_max"), ({"heads": 3}, "heads"),
     ],
     "preconditioned_deltanet": [({"precondition_max": 1.0}, "precondition_max"), ({"center_init": "zero"}, "center_init")],
+    "mesa": [({"cg_steps": 0}, "cg_steps"), ({"ridge_init": 0.1}, "ridge_init"), ({"heads": 3}, "heads")],
+    "rls": [({"keep": 1.5}, "keep"), ({"ridge_min": 0}, "ridge_min"), ({"expand_v": 0.3}, "expand_v")],
     "dplr": [({"tied": 1}, "tied"), ({"heads": 3}, "heads")],
     "rwkv7": [
         ({"heads": 3}, "heads"), ({"head_dim": 4}, "head_dim"), ({"gate_rank": 0}, "gate_rank"),
@@ -470,8 +525,9 @@ BAD = {
     "rebased": [({"feature_size": 2.5}, "feature_size"), ({"tied": 1}, "tied"), ({"norm_eps": 0}, "norm_eps")],
     "cosformer": [({"max_length": 0}, "max_length")],
     "lightning": [
-        ({"decay": "retnet"}, "decay"), ({"position": "rope"}, "position"), ({"head_dim": 3}, "position"), ({"gate": "silu"}, "gate"),
+        ({"decay": "retnet"}, "decay"), ({"position": "rope"}, "position"), ({"head_dim": 3}, "position"),
         ({"norm": "head"}, "norm"), ({"heads": 3}, "heads"), ({"value_activation": None}, "value_activation"),
+        ({"gate": "silu"}, "gate"),
     ],
     "gsa": [
         ({"slots": 0}, "slots"), ({"temperature": 0}, "temperature"), ({"feature_map": "exp"}, "feature_map"),
@@ -481,7 +537,13 @@ BAD = {
         ({"lower_bound": "high"}, "lower_bound"), ({"q_activation": "tanh"}, "q_activation"), ({"norm": "group"}, "norm"),
         ({"heads": 3}, "heads"), ({"scale": 0}, "scale"),
     ],
-    "rwkv6": [({"heads": 3}, "heads"), ({"head_dim": 4}, "head_dim"), ({"shift_rank": 0}, "shift_rank"), ({"norm_eps": 0}, "norm_eps")],
+    "rwkv6": [
+        ({"heads": 3}, "heads"), ({"head_dim": 4}, "head_dim"), ({"shift_rank": 0}, "shift_rank"), ({"norm_eps": 0}, "norm_eps"),
+    ],
+    "transnormer": [
+        ({"attention": "both"}, "attention"), ({"block_size": 1}, "block_size"), ({"feature_map": "exp"}, "feature_map"),
+        ({"norm": "group"}, "norm"), ({"heads": 3}, "heads"),
+    ],
     "rwkv4": [({"expand": 0}, "expand"), ({"expand": 1.03}, "expand")],
     "lightnet": [({"heads": 3}, "expand_k"), ({"gate": "relu"}, "gate"), ({"gate_rank": 0}, "gate_rank")],
     "mlstm": [
@@ -513,7 +575,7 @@ def test_configs_survive_json(case):
     assert type(config)(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
-NARROW = {"based": 2.2, "rebased": 2.2}  # narrow queries and keys
+NARROW = {"slstm": 1.9, "s4d": 2.2, "lssl": 1.1, "based": 2.2, "rebased": 2.2}  # narrow queries and keys
 
 
 @pytest.mark.parametrize("name", list_mixers())

@@ -38,7 +38,10 @@ def build(mixer: str, dtype: torch.dtype = torch.float64) -> LinnetForCausalLM:
             if isinstance(part, Mixer):
                 for linear in part.modules():
                     if isinstance(linear, torch.nn.Linear):
-                        linear.weight.mul_(3)
+                        if bool(linear.weight.any()):
+                            linear.weight.mul_(3)
+                        else:  # RWKV's projections that start at zero would hide the rest
+                            linear.weight.normal_(std=0.3)
     return model.to(dtype).eval()
 
 

@@ -350,3 +350,17 @@ def test_custom_operators_are_well_formed():
     torch.library.opcheck(r.dplr_op, (x, x, x, x, x, g, None, None, 1.0, 2, 4, True, torch.float64), test_utils=tests)
     cu = offsets([4, 5])
     torch.library.opcheck(r.linear_op, (x, x, x, g, None, cu, 1.0, False, 2, 4, True, torch.float64), test_utils=tests)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_normaliser_without_eps_holds_for_any_gain(backend):
+    """The ratio does not depend on a common log-gain, however small or large, where nothing is added to the divisor."""
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.rand(1, 20, 2, 4, generator=rng) + 0.1 for _ in range(3))
+    gain = torch.randn(1, 20, 2, generator=rng)
+    results = [
+        ops.linear_attention(q, k, v, log_gain=gain + shift, normalizer="sum", normalizer_eps=0.0, backend=backend)[0]
+        for shift in (0.0, -300.0, 300.0)
+    ]
+    # the gains themselves are rounded at 300 in fp32
+    assert error(results[1], results[0]) < 1e-4 and error(results[2], results[0]) < 1e-4

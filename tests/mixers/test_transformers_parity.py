@@ -19,7 +19,7 @@ RECENT = ("bailing_hybrid",)  # absent from transformers 5.17
 B, T, D = 2, 70, 32  # T crosses the chunk of 64 that transformers uses
 
 
-def layer_of(module: str, name: str, config: str, index: int = 0, **options):
+def layer_of(module: str, name: str, config: str, index: int | None = 0, **options):
     """A transformers layer with random weights, norms away from 1, in evaluation mode."""
     if module in RECENT and importlib.util.find_spec(f"transformers.models.{module}") is None:
         pytest.skip(f"this transformers has no {module}")
@@ -27,7 +27,7 @@ def layer_of(module: str, name: str, config: str, index: int = 0, **options):
     settings = getattr(importlib.import_module(f"transformers.models.{module}.configuration_{module}"), config)(**options)
     settings._attn_implementation = "eager"
     torch.manual_seed(0)
-    layer = getattr(models, name)(settings, index).eval()
+    layer = getattr(models, name)(settings, *([] if index is None else [index])).eval()
     with torch.no_grad():
         for key, parameter in layer.named_parameters():
             if "norm" in key:
@@ -205,6 +205,53 @@ def test_minimax_lightning_attention(index):
         norm="full", norm_affine=True, norm_eps=1e-6, gate="sigmoid",
     )  # fmt: skip
     check(lambda x: layer(x, None, None)[0], mixer, minimax_weights(layer.state_dict(), 4))
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_minimax_is_lightning(index):
+    layer, _, _ = layer_of(
+        "minimax", "MiniMaxLightningAttention", "MiniMaxConfig", index, hidden_size=D, num_attention_heads=4, head_dim=8,
+        num_hidden_layers=4, block_size=16, layer_types=["linear_attention"] * 4, num_key_value_heads=4, vocab_size=8,
+    )  # fmt: skip
+    mixer = build_mixer(
+        "lightning", D, 4, layer_index=index, num_layers=4, decay="alibi", position="none", value_activation=True, norm="rms",
+        gate="sigmoid",
+    )  # fmt: skip
+    check(lambda x: layer(x, None, None)[0], mixer, minimax_weights(layer.state_dict(), 4))
+
+
+# ---- gated recurrences ---------------------------------------------------------------------------------------------------
+
+
+def rwkv_weights(source: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = {"r_proj": "receptance", "k_proj": "key", "v_proj": "value", "o_proj": "output"}
+    weights = {f"mu.{name[0]}": source[f"time_mix_{name}"].flatten() for name in ("key", "value", "receptance")}
+    weights |= {"decay": source["time_decay"], "u": source["time_first"]}
+    return weights | {f"{ours}.weight": source[f"{theirs}.weight"] for ours, theirs in names.items()}
+
+
+def test_rwkv4():
+    layer, _, _ = layer_of(
+        "rwkv", "RwkvSelfAttention", "RwkvConfig", hidden_size=D, attention_hidden_size=48, num_hidden_layers=2, context_length=T
+    )
+    check(lambda x: layer(x)[0], build_mixer("rwkv4", D, expand=1.5), rwkv_weights(layer.state_dict()))
+
+
+def xlstm_weights(source: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = {"q": "q", "k": "k", "v": "v", "ogate_preact": "g_proj", "igate_preact": "i_proj", "fgate_preact": "f_proj"}
+    weights = {"o_norm.weight": source["multihead_norm.weight"]} | linear(source, "o_proj", "out_proj")
+    for theirs, ours in names.items():
+        weights |= linear(source, ours if ours.endswith("proj") else f"{ours}_proj", theirs)
+    return weights
+
+
+def test_xlstm():
+    layer, settings, _ = layer_of(
+        "xlstm", "xLSTMLayer", "xLSTMConfig", None, hidden_size=D, num_heads=2, num_hidden_layers=2, chunk_size=16, vocab_size=8,
+        autocast_kernel_dtype="float32",
+    )  # fmt: skip
+    mixer = build_mixer("mlstm", D, 2, norm_eps=settings.norm_eps)
+    check(lambda x: layer(x)[0], mixer, xlstm_weights(layer.state_dict()))
 
 
 # ---- softmax attention ---------------------------------------------------------------------------------------------------

@@ -82,9 +82,9 @@ def linear_attention(
                 num = torch.einsum("hk,hkv->hv", q[b, t], S)
                 den = torch.einsum("hk,hk->h", q[b, t], z)
             num, den = scale * num, scale * den
-            if normalizer == "sum":
+            if normalizer == "sum" and normalizer_eps:
                 den = den + normalizer_eps * (-top).exp()
-            elif normalizer == "floor":
+            if normalizer == "floor":
                 den = torch.maximum(den.abs(), (-top).exp())
             out[b, t] = num / den[:, None] if normalizer is not None else num * top.exp()[:, None] if i is not None else num
             dens[b, t], maxima[b, t] = den, top

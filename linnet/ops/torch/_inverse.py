@@ -1,9 +1,9 @@
 """(I + L)^{-1} for strictly lower triangular L, batched: the one inverse of the delta rule, by a named algorithm.
 
-The default, "recursive", is recursive halving, X = [[A, 0], [-B L21 A, B]] from 1 x 1 blocks upwards: direct, hence as stable as forward
-substitution for repeated keys and erase gates up to 2 (power series are not), and made of batched products. Its first levels run as
-one triangular solve over all diagonal blocks of `base` rows. `use_inverse(name)` selects another one of `INVERSES` for comparisons;
-docs/inverse.md has their errors.
+The default, "recursive", is recursive halving, X = [[A, 0], [-B L21 A, B]] from 1 x 1 blocks upwards: direct, hence as stable as
+forward substitution for repeated keys and erase gates up to 2 (power series are not), and made of batched products. Its first
+levels run as one triangular solve over all diagonal blocks of `base` rows. `use_inverse(name)` selects another one of `INVERSES`
+for comparisons; docs/inverse.md has their errors.
 
 Every algorithm maps L [..., C, C], C a power of two, to the same shape and dtype; `matmul` is the product that it is made of (a
 product of rounded operands, in the benchmark).
@@ -59,7 +59,7 @@ def recursive(L: Tensor, matmul: Matmul = torch.matmul, base: int = 16, diagonal
 
 
 def blocked(L: Tensor, matmul: Matmul = torch.matmul, base: int = 16) -> Tensor:
-    """Diagonal blocks of `base` rows by substitution, then X_ij = -X_ii sum_m L_im X_mj, one block diagonal after the other. Stable."""
+    """Diagonal blocks of `base` rows by `solve`, then X_ij = -X_ii sum_m L_im X_mj, one block diagonal after the other. Stable."""
     C = L.shape[-1]
     base = min(base, C)
     X = torch.zeros_like(L)
@@ -92,15 +92,16 @@ def recursive_neumann(L: Tensor, matmul: Matmul = torch.matmul, base: int = 16) 
 
 
 def newton_schulz(L: Tensor, matmul: Matmul = torch.matmul, start: float | None = None, iterations: int | None = None) -> Tensor:
-    """X <- X (2 I - (I + L) X) from X = start I (None: 1 / (2 C)), `iterations` times (None: 4 log2 C): two full products each.
+    """X <- X (2 I - (I + L) X) from X = start I (None: 1 / (2 C)), `iterations` times (None: 4 log2 C, at least 12).
 
-    Corrects its own rounding errors. start = 1 is exact after log2 C iterations and algebraically `neumann`, with its growth.
+    Two full products each. Corrects its own rounding errors. start = 1 is exact after log2 C iterations and algebraically
+    `neumann`, with its growth.
     """
     C = L.shape[-1]
     eye = identity(L)
     A = eye + L
     X = (eye * (1 / (2 * C) if start is None else start)).expand_as(L)
-    for _ in range(4 * (C - 1).bit_length() if iterations is None else iterations):
+    for _ in range(max(12, 4 * (C - 1).bit_length()) if iterations is None else iterations):
         X = 2 * X - matmul(matmul(X, A), X)
     return X.tril()
 

@@ -1,0 +1,103 @@
+"""LRU: a linear recurrent unit with a complex diagonal transition on a ring of the unit disc."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linnet import ops
+from linnet.mixers import _layers as L
+from linnet.mixers._base import Context, Mixer, State, StateSpec
+from linnet.mixers._registry import register_mixer
+
+
+@dataclass(frozen=True)
+class LRUConfig:
+    """Options of `lru`.
+
+    d_state: N, complex state channels (None: d_model). radius: (r_min, r_max), |lambda| at the start, uniform on that ring of the
+    disc. max_phase: phases at the start are uniform in [0, max_phase]. gamma: normalise the input by a learned factor that starts
+    at sqrt(1 - |lambda|^2). output: after GELU, "glu", "linear" or "none".
+    """
+
+    d_model: int
+    d_state: int | None = None
+    radius: tuple[float, float] = (0.0, 1.0)
+    max_phase: float = 6.28
+    gamma: bool = True
+    output: str = "glu"
+
+    def __post_init__(self):
+        L.check_positive("lru", d_model=self.d_model, d_state=self.d_state)
+        object.__setattr__(self, "radius", L.pair("lru", "radius", self.radius))
+        if self.radius[1] > 1:
+            L.refuse("lru", "radius", "two numbers (low, high) with high <= 1", self.radius)
+        L.check_number("lru", 0, max_phase=self.max_phase)
+        L.check_choice("lru", (False, True), gamma=self.gamma)
+        L.check_choice("lru", ("glu", "linear", "none"), output=self.output)
+
+    @property
+    def size(self) -> int:
+        return self.d_state or self.d_model
+
+
+@register_mixer("lru")
+class LRU(Mixer):
+    r"""Orvieto et al., "Resurrecting Recurrent Neural Networks for Long Sequences", 2023 (arXiv 2303.06349).
+
+        h_t = lambda * h_{t-1} + gamma * (B u_t),   y_t = Re(C h_t) + D * u_t,   lambda = exp(-exp(nu) + i exp(theta)) in C^N
+        output GLU(W GELU(y) + b)
+
+    B and C are dense complex matrices, kept as real ones on (real, imaginary) halves. Maps to `linnet.ops.scan` with a = lambda.
+    State: h [N, d_state, 2].
+    """
+
+    Config = LRUConfig
+
+    def __init__(self, config: LRUConfig, *, layer_index: int = 0, num_layers: int = 1):
+        super().__init__(config, layer_index=layer_index, num_layers=num_layers)
+        c = config
+        self.nu_log, self.theta_log = (nn.Parameter(torch.empty(c.size)) for _ in range(2))
+        self.gamma_log = nn.Parameter(torch.empty(c.size)) if c.gamma else None
+        self.B = nn.Linear(c.d_model, 2 * c.size, bias=False)
+        self.C = nn.Linear(2 * c.size, c.d_model, bias=False)
+        self.D = nn.Parameter(torch.empty(c.d_model))
+        width = {"glu": 2 * c.d_model, "linear": c.d_model, "none": 0}[c.output]
+        self.out_proj = nn.Linear(c.d_model, width) if width else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        c, (low, high) = self.config, self.config.radius
+        L.init_default(self)
+        square = torch.empty_like(self.nu_log).uniform_(low**2, high**2).clamp(1e-8, 1 - 1e-7)
+        self.nu_log.copy_((-0.5 * square.log()).log())
+        self.theta_log.copy_(torch.empty_like(square).uniform_(0, c.max_phase).clamp_min(1e-7).log())
+        if self.gamma_log is not None:
+            self.gamma_log.copy_(0.5 * torch.log1p(-square))
+        nn.init.normal_(self.B.weight, std=(2 * c.d_model) ** -0.5)
+        nn.init.normal_(self.C.weight, std=c.size**-0.5)
+        nn.init.normal_(self.D)
+
+    def state_spec(self) -> StateSpec:
+        return self.make_spec(h=(self.config.size, 2))
+
+    def forward(self, x_BTD: Tensor, state: State | None = None, *, context: Context | None = None) -> tuple[Tensor, State | None]:
+        context = context or Context()
+        (h,) = self.open_state(state, "h")
+        a_N = torch.polar((-L.full(self.nu_log).exp()).exp(), L.full(self.theta_log).exp())
+        u_BTN = torch.complex(*L.full(self.B(x_BTD)).chunk(2, -1))
+        if self.gamma_log is not None:
+            u_BTN = u_BTN * L.full(self.gamma_log).exp()
+        h = None if h is None else torch.view_as_complex(h.to(a_N.real.dtype).contiguous())
+        h_BTN, new = ops.scan(
+            u_BTN, a=a_N, initial_state=h, return_state=context.return_state, cu_seqlens=context.cu_seqlens
+        )  # fmt: skip
+        y_BTD = self.C(torch.cat((h_BTN.real, -h_BTN.imag), -1).to(x_BTD.dtype)) + self.D * x_BTD
+        if self.out_proj is not None:
+            y_BTD = self.out_proj(F.gelu(y_BTD))
+            y_BTD = F.glu(y_BTD) if self.config.output == "glu" else y_BTD
+        return y_BTD, self.close_state(context, *(torch.view_as_real(x) for x in new or ()))
