@@ -63,7 +63,9 @@ class Mamba(Mixer):
         (x, z) = split(x W_in),   x = silu(conv(x)),   (dt, B, C) = split(x W_x),   delta = softplus(dt W_dt + b_dt)
         h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t,   y_t = W_out ((C_t . h_t + D x_t) * silu(z_t)),   A = -exp(A_log)
 
-    Maps to `linnet.ops.short_conv` and `linnet.ops.selective_scan`. State: conv [N, width, W-1], h [N, width, d_state].
+    Maps to `linnet.ops.short_conv` and `linnet.ops.selective_scan`. With allow_neg_eigval (Grazzi et al., 2024,
+    arXiv 2411.12537) the factors 2 exp(delta_t A) - 1 go through `linnet.ops.scan`. State:
+    conv [N, width, W-1], h [N, width, d_state].
     """
 
     Config = MambaConfig

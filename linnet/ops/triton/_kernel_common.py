@@ -37,8 +37,7 @@ def load_tile(p, row, ok, stride, column, width, d, DESC: tl.constexpr, ROWS: tl
         if ROWS:
             x = tl.where(ok[:, None], x, tl.zeros_like(x))
     else:
-        rows = row + tl.arange(0, ok.shape[0]).to(tl.int64)
-        at = p + rows[:, None] * stride + column + d[None, :]
+        at = p + (row.to(tl.int64) * stride + column) + (tl.arange(0, ok.shape[0])[:, None] * stride + d[None, :])
         if ROWS:
             if COLUMNS:
                 x = tl.load(at, mask=ok[:, None] & (d < width)[None, :], other=0.0)
@@ -53,6 +52,19 @@ def load_tile(p, row, ok, stride, column, width, d, DESC: tl.constexpr, ROWS: tl
 
 
 @triton.jit
+def store_tile(p, x, row, row64, ok, stride, column, left, z, DESC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Write tile x [rows, z] at first row `row` (of the descriptor) or `row64` (of the pointer); masked as `load_tile`."""
+    if DESC:
+        p.store([row, column], x)
+    else:
+        at = p + (row64 * stride + column) + (tl.arange(0, ok.shape[0])[:, None] * stride + z[None, :])
+        if ROWS or COLUMNS:
+            tl.store(at, x, mask=ok[:, None] & (z < left)[None, :])
+        else:
+            tl.store(at, x)
+
+
+@triton.jit
 def state_at(p, index, d, z, D, Z, stride_d, stride_z, TR: tl.constexpr):
     """Pointers and mask of tile [z, d] (TR) or [d, z] of state number `index`."""
     base = p + index.to(tl.int64) * D * Z
@@ -63,3 +75,36 @@ def state_at(p, index, d, z, D, Z, stride_d, stride_z, TR: tl.constexpr):
         at = base + d[:, None] * stride_d + z[None, :] * stride_z
         mask = (d < D)[:, None] & (z < Z)[None, :]
     return at, mask
+
+
+@triton.jit
+def block_range(cu, block, T, N, L: tl.constexpr, PACKED: tl.constexpr):
+    """First row and length of the row of the state that owns block number `block` of L tokens, and the block's first token in it."""
+    if PACKED:
+        low = 0
+        high = N
+        while high - low > 1:  # the last row whose first block is not after this one
+            middle = (low + high) // 2
+            if tl.load(cu + middle).to(tl.int32) // L + middle <= block:
+                low = middle
+            else:
+                high = middle
+        first = tl.load(cu + low).to(tl.int32)
+        length = tl.load(cu + low + 1).to(tl.int32) - first
+        begin = (block - (first // L + low)) * L
+    else:
+        per = (T + L - 1) // L
+        first = block // per * T
+        length = T
+        begin = block % per * L
+    return first, length, begin
+
+
+@triton.jit
+def load_sums(p, h, row, r, ok, BT, C: tl.constexpr, DESC: tl.constexpr):
+    """C prepared sums of head h from row `row` on; past the end of a sequence they mean nothing."""
+    if DESC:
+        x = tl.reshape(p.load([h, row]), [C])
+    else:
+        x = tl.load(p + h.to(tl.int64) * BT + row + r, mask=ok, other=0.0)
+    return x

@@ -8,8 +8,8 @@ Grid: one program per (row of the state, split of its time, head, block of the c
 its chunks of C tokens and keeps its tile of the state in fp32 registers. Device memory is read once per tile; nothing of size
 T x C or T/C x K x V is stored, except in the dq role when the gate needs a gradient: one state per L = C*M tokens (16 bit).
 
-Gate. dg_t = D_end + sum_{t' >= t, same block} (q.dq - k.dk)_{t'}, with D_end = <S, R> at the end of the block of L tokens (S from the
-stored states, R the adjoint state of the dk role): the sum never runs over more than L tokens, both roles round the same products
+Gate. dg_t = D_end + sum_{t' >= t, same block} (q.dq - k.dk)_{t'}, with D_end = <S, R> at the end of the block of L tokens (formed
+without cancellation, see `gate_kernel`): the sum never runs over more than L tokens, both roles round the same products
 in the same way, and the pairs t' = t, which would cancel, are left out of both.
 
 Never feed a transposed 16-bit accumulator to a product here: Triton 3.4-3.7.0 miscompiles it on sm_90.
@@ -18,7 +18,7 @@ Never feed a transposed 16-bit accumulator to a product here: Triton 3.4-3.7.0 m
 import triton
 import triton.language as tl
 
-from linnet.ops.triton._kernel_common import first_block, load_tile, split_range, state_at
+from linnet.ops.triton._kernel_common import block_range, first_block, load_sums, load_tile, split_range, state_at, store_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 RESET = tl.constexpr(-160.0)  # 2^-160 is zero in fp32: below it a decay is a reset
@@ -26,13 +26,13 @@ RESET = tl.constexpr(-160.0)  # 2^-160 is zero in fp32: below it a decay is a re
 
 @triton.jit
 def scalar_role(
-    x, y, z, g, o, other, weights, S_in, S_out, blocks, products, cu,
-    T, BT, stride_x, stride_y, stride_z, stride_g, stride_other, scale, scale_in, scale_out,
+    x, y, z, G_sum, P_sum, C_sum, o, other, weights, S_in, S_out, blocks, products, cu,
+    T, BT, chunk_count, stride_x, stride_y, stride_z, stride_other, scale, scale_in, scale_out,
     H, Hx, Hy, Hz, Hg, Ho, H_in, H_out, D, Z, in_d, in_z, ND, NZ, NS,
     BD: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr, M: tl.constexpr, STAGES: tl.constexpr, TR: tl.constexpr,
     REV: tl.constexpr, EXCL: tl.constexpr, DECAY: tl.constexpr, OUT: tl.constexpr, DESC: tl.constexpr, ROWS: tl.constexpr,
     COL_D: tl.constexpr, COL_Z: tl.constexpr, PACKED: tl.constexpr, GATE: tl.constexpr, HAS_IN: tl.constexpr, FIRST: tl.constexpr,
-    HAS_OUT: tl.constexpr, BLOCKS: tl.constexpr, F64: tl.constexpr, IP: tl.constexpr,
+    HAS_OUT: tl.constexpr, BLOCKS: tl.constexpr, F64: tl.constexpr, G_DESC: tl.constexpr, STORE: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """One role. GATE: also write sum_z other * (out without s = t). BLOCKS: 1 store, 2 multiply with, the states at block ends.
 
@@ -53,6 +53,7 @@ def scalar_role(
     cz = iz * BZ
     r = tl.arange(0, C)
     DT: tl.constexpr = y.dtype.element_ty if not DESC else y.dtype
+    OT: tl.constexpr = o.dtype if STORE else (o.dtype.element_ty if OUT else tl.float32)
     ST: tl.constexpr = tl.bfloat16 if DT == tl.float16 else DT  # a state may leave the range of fp16
     GT: tl.constexpr = tl.float64 if F64 else tl.float32
     if TR:
@@ -77,24 +78,19 @@ def scalar_role(
         ok = c * C + r < length
         yb = load_tile(y, row, ok, stride_y, (h // (H // Hy)) * D + cd, D - cd, d, DESC, ROWS, COL_D)
         zb = load_tile(z, row, ok, stride_z, (h // (H // Hz)) * Z + cz, Z - cz, zz, DESC, ROWS, COL_Z)
+        if GATE:  # by pointers and early: it feeds no product, so it would not be prefetched
+            ub = load_tile(other, row, ok, stride_other, (h // (H // Ho)) * Z + cz, Z - cz, zz, False, ROWS, COL_Z)
         if DECAY:
-            gp = g + (row + r).to(tl.int64) * stride_g + h // (H // Hg)
-            if ROWS:
-                gv = tl.load(gp, mask=ok, other=0.0)
+            hg = h // (H // Hg)
+            G = load_sums(G_sum, hg, row, r, ok, BT, C, G_DESC)
+            if EXCL:
+                P = load_sums(P_sum, hg, row, r, ok, BT, C, G_DESC)
             else:
-                gv = tl.load(gp)
-            gv = tl.maximum(gv.to(GT) * LOG2E, RESET)
-            G = tl.cumsum(gv, 0)
-            GC = tl.sum(gv, 0)
-            P = G - gv if EXCL else G
+                P = G
+            GC = tl.load(C_sum + hg.to(tl.int64) * chunk_count + (block0 * M + c))
             w_query = tl.exp2(P.to(tl.float32))
-            w_key = tl.exp2((GC - G).to(tl.float32))
+            w_key = tl.exp2(tl.minimum(GC - G, 0.0).to(tl.float32))
             carry = tl.exp2(GC.to(tl.float32))
-        if BLOCKS == 2:
-            if (c + 1) % M == 0 or c == chunks - 1:
-                at, mask = state_at(blocks, (block0 + c // M) * H + h, cd + d, cz + zz, D, Z, Z, 1, TR)
-                SR = tl.sum(tl.sum(S * tl.load(at, mask=mask, other=0.0).to(tl.float32), 1), 0)
-                tl.store(products + ((block0 + c // M).to(tl.int64) * H + h) * (ND * NZ) + id * NZ + iz, SR * scale)
         if OUT:
             xb = load_tile(x, row, ok, stride_x, (h // (H // Hx)) * D + cd, D - cd, d, DESC, ROWS and not DESC, COL_D)
             if TR:
@@ -117,45 +113,59 @@ def scalar_role(
                 A = A * tl.exp2(tl.minimum(e, 0.0).to(tl.float32))
                 w_out = w_key if REV else w_query
                 O = O * (w_out[None, :] if TR else w_out[:, None])
+            if GATE:
+                ub = (tl.trans(ub) if TR else ub).to(tl.float32)
+            if BLOCKS == 2:
+                if (c + 1) % M == 0 or c == chunks - 1:
+                    at_block, in_block = state_at(blocks, (block0 + c // M) * H + h, cd + d, cz + zz, D, Z, Z, 1, TR)
+                    SR = tl.sum(tl.sum(S * tl.load(at_block, mask=in_block, other=0.0).to(tl.float32), 1), 0) * carry
+                    tl.store(products + ((block0 + c // M).to(tl.int64) * H + h) * (ND * NZ) + id * NZ + iz, SR * scale)
             A = tl.where(keep, A, 0.0).to(DT)
+            if REV and GATE:  # what goes through the state may be far larger: its weights are kept apart
+                O_state = O
+                O = tl.zeros_like(O)
             if TR:
                 O = tl.dot(tl.trans(zb), A, O, input_precision=IP)
             else:
                 O = tl.dot(A, zb, O, input_precision=IP)
             if GATE:
-                ub = load_tile(other, row, ok, stride_other, (h // (H // Ho)) * Z + cz, Z - cz, zz, DESC, ROWS, COL_Z).to(tl.float32)
                 wp = weights + (id * NZ + iz).to(tl.int64) * H * BT + h.to(tl.int64) * BT + row + r
                 if TR:
-                    weight = tl.sum(tl.trans(ub) * O, 0) * scale
+                    weight = tl.sum(ub * O, 0) * scale
                 else:
                     weight = tl.sum(ub * O, 1) * scale
                 tl.store(wp, weight, mask=ok)
+                if REV:
+                    tl.store(wp + h.to(tl.int64) * 0 + ND * NZ * H * BT, tl.sum(ub * O_state, 0 if TR else 1) * scale, mask=ok)
+                    O += O_state
                 if not EXCL:
                     if TR:
                         O += own[None, :] * tl.trans(zb).to(tl.float32)
                     else:
                         O += own[:, None] * zb.to(tl.float32)
-            ob = (O * scale).to(o.dtype.element_ty)
+            ob = (O * scale).to(OT)
             if TR:
                 ob = tl.trans(ob)
-            op = o + id.to(tl.int64) * BT * H * Z + (row + r).to(tl.int64)[:, None] * (H * Z) + h * Z + cz + zz[None, :]
-            if ROWS or COL_Z:
-                tl.store(op, ob, mask=ok[:, None] & (cz + zz < Z)[None, :])
-            else:
-                tl.store(op, ob)
-        if DECAY:
-            w_in = w_query if REV else w_key
-            zb = (zb * w_in[:, None]).to(DT)
-            S = S * carry
-            total += GC
-        if TR:
-            S = tl.dot(tl.trans(zb), yb, S, input_precision=IP)
-        else:
-            S = tl.dot(tl.trans(yb), zb, S, input_precision=IP)
+            store_tile(o, ob, id * BT + row, id.to(tl.int64) * BT + row, ok, H * Z, h * Z + cz, Z - cz, zz, STORE, ROWS, COL_Z)
         if BLOCKS == 1:
             if (c + 1) % M == 0 or c == chunks - 1:
-                at, mask = state_at(blocks, (block0 + c // M) * H + h, cd + d, cz + zz, D, Z, Z, 1, TR)
-                tl.store(at, S.to(blocks.dtype.element_ty), mask=mask)
+                at_block, in_block = state_at(blocks, (block0 + c // M) * H + h, cd + d, cz + zz, D, Z, Z, 1, TR)
+                tl.store(at_block, S.to(blocks.dtype.element_ty), mask=in_block)
+        if DECAY:
+            w_in = w_query if REV else w_key
+            if TR:
+                zt = (tl.trans(zb) * w_in[None, :]).to(DT)
+            else:
+                zt = (zb * w_in[:, None]).to(DT)
+            S = S * carry
+            if not OUT:
+                total += GC
+        else:
+            zt = tl.trans(zb) if TR else zb
+        if TR:
+            S = tl.dot(zt, yb, S, input_precision=IP)
+        else:
+            S = tl.dot(tl.trans(yb), zt, S, input_precision=IP)
     if HAS_OUT:
         rep = H // H_out
         at, mask = state_at(S_out, part * H_out + h // rep, cd + d, cz + zz, D, Z, in_d, in_z, TR)
@@ -166,35 +176,48 @@ def scalar_role(
 
 
 @triton.jit
+def sums_kernel(
+    g, G_sum, P_sum, C_sum, cu, T, BT, N, stride_g, chunk_count, C: tl.constexpr, M: tl.constexpr, EXCL: tl.constexpr, PACKED: tl.constexpr, F64: tl.constexpr
+):  # fmt: skip
+    """Sums of log-decays from the start of every chunk, base 2: through the token (G) and before it (P), [Hg, B*T], and over every chunk [Hg, blocks*M]."""
+    block = tl.program_id(0)
+    h = tl.program_id(1)
+    first, length, begin = block_range(cu, block, T, N, C * M, PACKED)
+    if begin < length:
+        r = begin + tl.arange(0, M)[:, None] * C + tl.arange(0, C)[None, :]
+        ok = r < length
+        rows = (first + r).to(tl.int64)
+        GT: tl.constexpr = tl.float64 if F64 else tl.float32
+        gv = tl.maximum(tl.load(g + rows * stride_g + h, mask=ok, other=0.0).to(GT) * LOG2E, RESET)
+        G = tl.cumsum(gv, 1)
+        tl.store(G_sum + h.to(tl.int64) * BT + rows, G, mask=ok)
+        tl.store(C_sum + h.to(tl.int64) * chunk_count + block * M + tl.arange(0, M), tl.sum(gv, 1))
+        if EXCL:
+            tl.store(P_sum + h.to(tl.int64) * BT + rows, G - gv, mask=ok)
+
+
+@triton.jit
 def gate_kernel(
-    query, key, products, dg, cu, T, BT, N, H, Hg, NQ, NK, L: tl.constexpr, EXCL: tl.constexpr, PACKED: tl.constexpr
+    query, key, products, dg, cu, T, BT, N, H, Hg, NQ, NK, L: tl.constexpr, C: tl.constexpr, EXCL: tl.constexpr, PACKED: tl.constexpr
 ):
-    """dg [B*T, Hg] from the partial sums query [NQ, H, B*T], key [NK, H, B*T] and products [blocks, H, NK]; a program per block."""
+    """dg [B*T, Hg] from partial sums: query [NQ, H, B*T], key [2, NK, H, B*T] (inside the chunk, through the state), products.
+
+    dg_t = product of the states around the block's last chunk + sum of what tokens before t in that chunk send beyond it
+           + sum_{t' >= t} (q.dq - k.dk)_{t'}, where k.dk beyond the block's last chunk is left out: no large terms cancel.
+    """
     block = tl.program_id(0)
     hg = tl.program_id(1)
-    if PACKED:
-        low = 0
-        high = N
-        while high - low > 1:  # the last row whose first block is not after this one
-            middle = (low + high) // 2
-            if tl.load(cu + middle).to(tl.int32) // L + middle <= block:
-                low = middle
-            else:
-                high = middle
-        n = low
-        first = tl.load(cu + n).to(tl.int32)
-        length = tl.load(cu + n + 1).to(tl.int32) - first
-        begin = (block - (first // L + n)) * L
-    else:
-        per = (T + L - 1) // L
-        n = block // per
-        first = n * T
-        length = T
-        begin = (block - n * per) * L
+    first, length, begin = block_range(cu, block, T, N, L, PACKED)
     if begin < length:
         r = tl.arange(0, L)
         ok = begin + r < length
         rows = (first + begin + r).to(tl.int64)
+        last = (tl.minimum(length - begin, L) - 1) // C * C  # start of the block's last chunk
+        later: tl.constexpr = 1 if EXCL else 0  # a read before the decay of t counts from the next token on
+        if EXCL:
+            ok_query = ok & (begin + r + 1 < length) & (r + 1 < L)
+        else:
+            ok_query = ok
         acc = tl.zeros([L], tl.float32)
         for i in range(0, H // Hg):
             h = hg * (H // Hg) + i
@@ -202,13 +225,15 @@ def gate_kernel(
             wk = tl.zeros([L], tl.float32)
             D = 0.0
             for p in range(0, NQ):
-                wq += tl.load(query + (p * H + h).to(tl.int64) * BT + rows, mask=ok, other=0.0)
+                wq += tl.load(query + (p * H + h).to(tl.int64) * BT + rows + later, mask=ok_query, other=0.0)
+            ws = tl.zeros([L], tl.float32)
             for p in range(0, NK):
                 wk += tl.load(key + (p * H + h).to(tl.int64) * BT + rows, mask=ok, other=0.0)
+                state_part = key + ((NK + p) * H + h).to(tl.int64) * BT + rows
+                wk += tl.load(state_part, mask=ok & (r < last), other=0.0)
+                ws += tl.load(state_part - 1, mask=ok & (r > last), other=0.0)
                 D += tl.load(products + (block.to(tl.int64) * H + h) * NK + p)
-            acc += tl.cumsum(wq - wk, 0, reverse=True) + D
-            if EXCL:
-                acc -= wq
+            acc += tl.cumsum(wq - wk, 0, reverse=True) + tl.cumsum(ws, 0) + D
         tl.store(dg + rows * Hg + hg, acc, mask=ok)
 
 

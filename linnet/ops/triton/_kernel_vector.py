@@ -6,10 +6,11 @@ Everything is transposed, S is [Z, D], so that the state is the register operand
 Exponents are exact sums of log-decays, products with a 0/1 matrix (16-bit high and low parts): no cumulative sums, no differences,
 and no anchor lies in the future, so a later token changes no earlier result, bit for bit.
 
-FRAME = 16 or 32: a chunk is one or two frames; inside a frame e^{E_t - E_s} = e^{E_t} e^{-E_s}, anchored at the frame's start,
-    which needs |sum over a frame| <= 80: the caller declared log_decay >= -5 (16 rows) or >= -2.5 (32 rows).
-FRAME = 1: any decay. Halving: the pairs (t, s) whose smallest common aligned block has 2h rows decay by e^{sum from the middle to
-    t} e^{sum from s to the middle}, both <= 1: one masked product for every h = C/2 ... 1.
+FRAME: inside a chunk e^{E_t - E_s} = e^{E_t} e^{-E_s}, anchored at the chunk's start, which needs |sum over a chunk| <= 80: the
+    caller declared log_decay >= -5 (chunks of 16 rows) or >= -2.5 (32 rows).
+Not FRAME: any decay. Halving: the pairs (t, s) whose smallest common aligned block has 2h rows decay by e^{sum from the middle to
+    t} e^{sum from s to the middle}, both <= 1: one masked product for every h = C/2 ... 1. On the key side these products do not
+    depend on the state: `pairs_kernel` forms them for all chunks at once, o and dv read the same [C, C] tiles.
 
 Gate (dk role, GATE): dg_t = D_end + sum_{t' >= t} (q.dq - k.dk)_{t'} per channel. Inside a chunk both products are formed here from
 the same rounded factors, so that the pairs which should cancel do; q.dq through the state comes from the dq role (`inter`); D_end is
@@ -19,7 +20,7 @@ replaced by the exact <S, R> at the end of every block of C*M tokens.
 import triton
 import triton.language as tl
 
-from linnet.ops.triton._kernel_common import first_block, load_tile, split_range, state_at
+from linnet.ops.triton._kernel_common import block_range, first_block, load_tile, split_range, state_at, store_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -34,14 +35,24 @@ def sums(high, low, m, SPLIT: tl.constexpr, IP: tl.constexpr):
 
 
 @triton.jit
+def selected(w, m, start, BF: tl.constexpr, IP: tl.constexpr):
+    """start + w m with a 0/+-1 matrix m, w [channels, C] in fp32 as high and low parts."""
+    high = w.to(BF)
+    e = tl.dot(high, m, input_precision=IP)
+    if BF != tl.float32:
+        e = tl.dot((w - high.to(tl.float32)).to(BF), m, e, input_precision=IP)
+    return e + start[:, None]
+
+
+@triton.jit
 def vector_role(
-    x, y, z, g, o, other, inter, dg, S_in, S_out, blocks, total, cu,
+    x, y, z, g, pairs, o, other, inter, dg, S_in, S_out, blocks, total, cu,
     T, BT, stride_x, stride_y, stride_z, stride_g, stride_other, scale, scale_in, scale_out, floor,
     H, Hx, Hy, Hz, Hg, Ho, H_in, H_out, D, Z, in_d, in_z, ND, NZ, NS,
-    BD: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr, FRAME: tl.constexpr, M: tl.constexpr, STAGES: tl.constexpr,
-    SIDE_KEY: tl.constexpr, REV: tl.constexpr, EXCL: tl.constexpr, OUT: tl.constexpr, DESC: tl.constexpr, ROWS: tl.constexpr,
+    BD: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr, M: tl.constexpr, STAGES: tl.constexpr,
+    SIDE_KEY: tl.constexpr, FRAME: tl.constexpr, REV: tl.constexpr, EXCL: tl.constexpr, OUT: tl.constexpr, DESC: tl.constexpr, ROWS: tl.constexpr,
     COL_D: tl.constexpr, COL_Z: tl.constexpr, PACKED: tl.constexpr, GATE: tl.constexpr, HAS_IN: tl.constexpr, FIRST: tl.constexpr,
-    HAS_OUT: tl.constexpr, BLOCKS: tl.constexpr, SPLIT: tl.constexpr, IP: tl.constexpr,
+    HAS_OUT: tl.constexpr, BLOCKS: tl.constexpr, SPLIT: tl.constexpr, STORE: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """One role; arguments as in `scalar_role`. GATE: 1 write `inter` (dq role), 2 read it and write dg (dk role)."""
     pid = tl.program_id(0)
@@ -61,7 +72,7 @@ def vector_role(
     ci = r[None, :]
     DT: tl.constexpr = y.dtype.element_ty if not DESC else y.dtype
     BF: tl.constexpr = tl.bfloat16 if DT == tl.float16 else DT  # factors and states may leave the range of fp16
-    TWO: tl.constexpr = C == 2 * FRAME
+    OT: tl.constexpr = o.dtype if STORE else (o.dtype.element_ty if OUT else tl.float32)
     S = tl.zeros([BZ, BD], tl.float32)
     if HAS_IN:
         at, mask = state_at(S_in, part * H_in + h // (H // H_in), cd + d, cz + zz, D, Z, in_d, in_z, True)
@@ -70,6 +81,7 @@ def vector_role(
         S = tl.load(at, mask=mask, other=0.0).to(tl.float32) * scale_in
     chunks = (length + C - 1) // C
     block0 = first_block(cu, n, T, C * M, PACKED) + begin // (C * M)
+    chunk0 = first_block(cu, n, T, C, PACKED) + begin // C
     if SIDE_KEY:
         gd = d
         cg = cd
@@ -94,41 +106,34 @@ def vector_role(
         gb = tl.trans(tl.maximum(gb, floor))
         high = gb.to(BF)
         low = (gb - high.to(tl.float32)).to(BF)
-        whole += tl.sum(gb.to(tl.float32), 1)
+        if not OUT:
+            whole += tl.sum(gb.to(tl.float32), 1)
         # ---- factors: fq, fk inside a frame; sq, sk between the chunk's state and its tokens; dec over the chunk
-        if FRAME > 1:
-            upto = (ri <= ci) & (ri // FRAME == ci // FRAME)
-            E = sums(high, low, upto.to(BF), SPLIT, IP)
+        if FRAME:
+            E = sums(high, low, (ri <= ci).to(BF), SPLIT, IP)
             if EXCL:
-                fq = tl.exp2(sums(high, low, (upto & (ri < ci)).to(BF), SPLIT, IP))
+                fq = tl.exp2(sums(high, low, (ri < ci).to(BF), SPLIT, IP))
             else:
                 fq = tl.exp2(E)
             fk = tl.exp2(-E)
-            if TWO:
-                w1 = tl.exp2(tl.sum(tl.where(ci == FRAME - 1, E, 0.0), 1))[:, None]
-                w2 = tl.exp2(tl.sum(tl.where(ci == C - 1, E, 0.0), 1))[:, None]
-                sq = fq * tl.where(ci >= FRAME, w1, 1.0)
-                sk = fk * tl.where(ci < FRAME, w1, 1.0) * w2
-                dec = w1 * w2
-            else:
-                dec = tl.exp2(tl.sum(tl.where(ci == C - 1, E, 0.0), 1))[:, None]
-                sq = fq
-                sk = fk * dec
+            dec = tl.exp2(tl.sum(tl.where(ci == C - 1, E, 0.0), 1))[:, None]
+            sq = fq
+            sk = fk * dec
         else:
             sq = tl.exp2(sums(high, low, (ri < ci if EXCL else ri <= ci).to(BF), SPLIT, IP))
             sk = tl.exp2(sums(high, low, (ri > ci).to(BF), SPLIT, IP))
             dec = tl.exp2(tl.sum(gb.to(tl.float32), 1) * LOG2E)[:, None]
         if REV:  # rows: the token that is summed over (in); columns: the token that is computed (out)
-            keep = (ci < ri) if (EXCL or FRAME == 1 or not SIDE_KEY) else (ci <= ri)
+            keep = (ci < ri) if (EXCL or not SIDE_KEY) else (ci <= ri)
         else:
-            keep = (ci > ri) if (EXCL or FRAME == 1 or not SIDE_KEY) else (ci >= ri)
+            keep = (ci > ri) if (EXCL or not SIDE_KEY) else (ci >= ri)
         zt = tl.trans(zb)
-        at_z = id.to(tl.int64) * BT * H * Z + (row + r).to(tl.int64)[None, :] * (H * Z) + h * Z + (cz + zz)[:, None]
+        at_z = ((id.to(tl.int64) * BT + row) * (H * Z) + h * Z + cz) + (r[None, :] * (H * Z) + zz[:, None])
         if SIDE_KEY:
             yt = tl.trans(yb)
             if OUT:
                 xt = tl.trans(xb)
-                if FRAME > 1:
+                if FRAME:
                     if REV:
                         xf = (xt * fk).to(BF)
                         yf = (yt * fq).to(BF)
@@ -136,42 +141,27 @@ def vector_role(
                         xf = (xt * fq).to(BF)
                         yf = (yt * fk).to(BF)
                     A = tl.dot(tl.trans(yf), xf, input_precision=IP)
-                    A = tl.where(keep & (ri // FRAME == ci // FRAME), A, 0.0)
+                    A = tl.where(keep, A, 0.0)
                 else:
-                    A = tl.zeros([C, C], tl.float32)
-                    for i in tl.static_range(0, 6):
-                        hh: tl.constexpr = C >> (i + 1)
-                        if hh >= 1:
-                            middle = (ci // (2 * hh)) * (2 * hh) + hh
-                            after = (ri >= middle) & (ri < ci if EXCL else ri <= ci) & (ci >= middle)
-                            before = (ri > ci) & (ri < middle) & (ci < middle)
-                            fl = tl.exp2(sums(high, low, (after | before).to(BF), SPLIT, IP))
-                            Al = tl.dot(tl.trans((yt * fl).to(BF)), (xt * fl).to(BF), input_precision=IP)
-                            A = tl.where(keep & (ri // (2 * hh) == ci // (2 * hh)) & (ri // hh != ci // hh), Al, A)
-                    if not EXCL:
-                        own = tl.sum(xt.to(tl.float32) * yt.to(tl.float32), 0)
-                        A = tl.where(ri == ci, own[None, :], A)
+                    at_pair = pairs + ((chunk0 + c).to(tl.int64) * H + h) * (C * C)
+                    if REV:  # stored as [earlier token, later token]
+                        A = tl.load(at_pair + (ci * C + ri))
+                    else:
+                        A = tl.load(at_pair + (ri * C + ci))
+                    A = tl.where(id == 0, A, tl.zeros_like(A))
                 if REV:
                     xs = (xt * sk).to(BF)
                 else:
                     xs = (xt * sq).to(BF)
-                if TWO and not REV:
-                    A = tl.where(keep & (ri // FRAME != ci // FRAME), tl.dot(tl.trans(yf), xs, input_precision=IP), A)
                 O = tl.dot(S.to(BF), xs, input_precision=IP)
             if REV:
                 ys = (yt * sq).to(BF)
             else:
                 ys = (yt * sk).to(BF)
             if OUT:
-                if TWO and REV:
-                    A = tl.where(keep & (ri // FRAME != ci // FRAME), tl.dot(tl.trans(ys), xf, input_precision=IP), A)
                 O = tl.dot(zt.to(BF), A.to(BF), O, input_precision=IP)
             S = tl.dot(zt.to(BF), tl.trans(ys), S * tl.trans(dec), input_precision=IP)
         else:
-            if BLOCKS == 2:
-                if (c + 1) % M == 0 or c == chunks - 1:
-                    at, mask = state_at(blocks, (block0 + c // M) * H + h, cd + d, cz + zz, D, Z, Z, 1, True)
-                    running = tl.sum(S * tl.load(at, mask=mask, other=0.0).to(tl.float32), 1) * scale
             P = tl.dot(yb, tl.trans(xb), input_precision=IP)
             if REV:
                 fo = sk
@@ -188,34 +178,32 @@ def vector_role(
                 tl.store(inter + at_z, (O * scale).to(inter.dtype.element_ty), mask=inside)
             if GATE == 2:
                 kt = tl.trans(load_tile(other, row, ok, stride_other, (h // (H // Ho)) * Z + cz, Z - cz, zz, DESC, ROWS, COL_Z))
-                w = zt.to(tl.float32) * tl.load(inter + at_z, mask=inside, other=0.0).to(tl.float32)
-                w -= kt.to(tl.float32) * O * scale
+                through = tl.trans(load_tile(inter, id * BT + row, ok, H * Z, h * Z + cz, Z - cz, zz, DESC, ROWS, COL_Z)).to(tl.float32)
+                through = zt.to(tl.float32) * through
+                own_k = kt.to(tl.float32) * O * scale
+                if (c + 1) % M == 0 or c == chunks - 1:
+                    at_block, in_block = state_at(blocks, (block0 + c // M) * H + h, cd + d, cz + zz, D, Z, Z, 1, True)
+                    SR = tl.sum(S * tl.load(at_block, mask=in_block, other=0.0).to(tl.float32), 1)
+                    running = SR * scale * tl.sum(dec, 1)
                 Q = tl.where((ci > ri), tl.dot(xb, tl.trans(yb), input_precision=IP), 0.0)  # the same products, [out, in]
                 wq = tl.zeros([BZ, C], tl.float32)
                 wk = tl.zeros([BZ, C], tl.float32)
-            if FRAME > 1:
+            if FRAME:
                 if REV:
                     fi = fk
                     zf = (zt * fq).to(BF)
                 else:
                     fi = fq
                     zf = (zt * fk).to(BF)
-                same = ri // FRAME == ci // FRAME
-                Y = tl.dot(zf, (tl.where(same, P, 0.0) if TWO else P).to(BF), input_precision=IP)
-                if TWO and REV:
-                    Y = tl.dot(zs, tl.where(same, 0.0, P).to(BF), Y, input_precision=IP)
+                Y = tl.dot(zf, P.to(BF), input_precision=IP)
                 O += Y * fi
-                if TWO and not REV:
-                    O += tl.dot(zf, tl.where(same, 0.0, P).to(BF), input_precision=IP) * fo
                 if GATE == 2:
                     kf = (kt * fk).to(BF)
                     wk = kf.to(tl.float32) * Y
-                    wq = zf.to(tl.float32) * tl.dot(kf, (tl.where(same, Q, 0.0) if TWO else Q).to(BF), input_precision=IP)
-                    if TWO:
-                        wq += zs.to(tl.float32) * tl.dot(kf, tl.where(same, 0.0, Q).to(BF), input_precision=IP)
+                    wq = zf.to(tl.float32) * tl.dot(kf, Q.to(BF), input_precision=IP)
             else:
                 for i in tl.static_range(0, 6):
-                    hh: tl.constexpr = C >> (i + 1)
+                    hh = C >> (i + 1)
                     if hh >= 1:
                         middle = (ci // (2 * hh)) * (2 * hh) + hh
                         after = (ri >= middle) & (ri < ci if EXCL else ri <= ci) & (ci >= middle)
@@ -231,29 +219,24 @@ def vector_role(
                             wq += zl.to(tl.float32) * tl.dot(kl, tl.where(level, Q, 0.0).to(BF), input_precision=IP)
             if not EXCL:
                 O += own[None, :] * zt.to(tl.float32)
-            S = tl.dot(zs, yb.to(BF), S * dec, input_precision=IP)
-            if GATE == 2:
-                w += (wq - wk) * scale
-                wh = w.to(BF)
-                tail = (ri >= ci).to(BF)
-                R = tl.dot(wh, tail, input_precision=IP)
-                if BF != tl.float32:
-                    R = tl.dot((w - wh.to(tl.float32)).to(BF), tail, R, input_precision=IP)
-                R += running[:, None]
-                if EXCL:
-                    R -= wq * scale + zt.to(tl.float32) * tl.load(inter + at_z, mask=inside, other=0.0).to(tl.float32)
-                running += tl.sum(w, 1)
-                tl.store(dg + at_z, R.to(dg.dtype.element_ty), mask=inside)
             if BLOCKS == 1:
                 if (c + 1) % M == 0 or c == chunks - 1:
-                    at, mask = state_at(blocks, (block0 + c // M) * H + h, cd + d, cz + zz, D, Z, Z, 1, True)
-                    tl.store(at, S.to(blocks.dtype.element_ty), mask=mask)
+                    at_block, in_block = state_at(blocks, (block0 + c // M) * H + h, cd + d, cz + zz, D, Z, Z, 1, True)
+                    tl.store(at_block, S.to(blocks.dtype.element_ty), mask=in_block)
+            S = tl.dot(zs, yb.to(BF), S * dec, input_precision=IP)
+            if GATE == 2:
+                ends = (c + 1) % M == 0 or c == chunks - 1  # what a chunk at a block's end sends beyond it counts from before t
+                tail = ri >= ci
+                beyond = tl.where(ends, (ri < ci).to(tl.float32), -(tail.to(tl.float32)))
+                through += wq * scale
+                R = selected(through, (ri > ci).to(BF) if EXCL else tail.to(BF), running, BF, IP)
+                R -= selected(wk * scale, tail.to(BF), tl.zeros_like(running), BF, IP)
+                R += selected(own_k, beyond.to(BF), tl.zeros_like(running), BF, IP)
+                running += tl.sum(through - wk * scale, 1) - tl.where(ends, 0.0, tl.sum(own_k, 1))
+                tl.store(dg + at_z, R.to(dg.dtype.element_ty), mask=inside)
         if OUT:
-            op = o + at_z
-            if ROWS or COL_Z:
-                tl.store(op, (O * scale).to(o.dtype.element_ty), mask=ok[None, :] & (cz + zz < Z)[:, None])
-            else:
-                tl.store(op, (O * scale).to(o.dtype.element_ty))
+            ob = tl.trans((O * scale).to(OT))
+            store_tile(o, ob, id * BT + row, id.to(tl.int64) * BT + row, ok, H * Z, h * Z + cz, Z - cz, zz, STORE, ROWS, COL_Z)
     if HAS_OUT:
         rep = H // H_out
         at, mask = state_at(S_out, part * H_out + h // rep, cd + d, cz + zz, D, Z, in_d, in_z, True)
@@ -261,3 +244,48 @@ def vector_role(
         if not OUT and SIDE_KEY:
             if iz == 0:
                 tl.store(total + (part * H + h).to(tl.int64) * D + cd + d, whole * LOG2E, mask=cd + d < D)
+
+
+@triton.jit
+def pairs_kernel(
+    q, k, g, pairs, cu, T, N, stride_q, stride_k, stride_g, H, Hq, Hk, Hg, D, ND,
+    BD: tl.constexpr, C: tl.constexpr, EXCL: tl.constexpr, ROWS: tl.constexpr, COL_D: tl.constexpr, PACKED: tl.constexpr,
+    SPLIT: tl.constexpr, IP: tl.constexpr,
+):  # fmt: skip
+    """pairs[chunk, h, s, t] = sum_c q_tc k_sc e^{sum of g over s+1..t} for any decay; a program per chunk of C tokens and head."""
+    h = tl.program_id(0) % H
+    chunk = tl.program_id(0) // H
+    first, length, begin = block_range(cu, chunk, T, N, C, PACKED)
+    BF: tl.constexpr = pairs.dtype.element_ty
+    d = tl.arange(0, BD)
+    r = tl.arange(0, C)
+    ri = r[:, None]
+    ci = r[None, :]
+    if begin < length:
+        row = first + begin
+        ok = begin + r < length
+        A = tl.zeros([C, C], tl.float32)
+        for id in range(0, ND):
+            cd = id * BD
+            qt = tl.trans(load_tile(q, row, ok, stride_q, (h // (H // Hq)) * D + cd, D - cd, d, False, ROWS, COL_D))
+            kt = tl.trans(load_tile(k, row, ok, stride_k, (h // (H // Hk)) * D + cd, D - cd, d, False, ROWS, COL_D))
+            gb = load_tile(g, row, ok, stride_g, (h // (H // Hg)) * D + cd, D - cd, d, False, ROWS, COL_D)
+            gb = tl.trans(tl.maximum(gb, -200.0))
+            high = gb.to(BF)
+            low = (gb - high.to(tl.float32)).to(BF)
+            part = tl.zeros([C, C], tl.float32)
+            for i in tl.static_range(0, 6):
+                hh = C >> (i + 1)
+                if hh >= 1:
+                    middle = (ci // (2 * hh)) * (2 * hh) + hh
+                    after = (ri >= middle) & (ri < ci if EXCL else ri <= ci) & (ci >= middle)
+                    before = (ri > ci) & (ri < middle) & (ci < middle)
+                    fl = tl.exp2(sums(high, low, (after | before).to(BF), SPLIT, IP))
+                    Al = tl.dot(tl.trans((kt * fl).to(BF)), (qt * fl).to(BF), input_precision=IP)
+                    part = tl.where((ri < ci) & (ri // (2 * hh) == ci // (2 * hh)) & (ri // hh != ci // hh), Al, part)
+            if not EXCL:
+                own = tl.sum(qt.to(tl.float32) * kt.to(tl.float32), 0)
+                part = tl.where(ri == ci, own[None, :], part)
+            A += part
+        at = pairs + (chunk.to(tl.int64) * H + h) * (C * C) + ri * C + ci
+        tl.store(at, A.to(BF))

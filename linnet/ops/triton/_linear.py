@@ -9,10 +9,13 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from linnet.ops.triton._kernel_scalar import gate_kernel, join_kernel, scalar_role
+from linnet.ops.triton._kernel_scalar import gate_kernel, join_kernel, scalar_role, sums_kernel
 from linnet.ops.triton._kernel_step import step_kernel
-from linnet.ops.triton._kernel_vector import vector_role
+from linnet.ops.triton._kernel_vector import pairs_kernel, vector_role
 from linnet.ops.triton._plan import Call, rows_of
+
+
+PAIR_WARPS = 2
 
 
 def _role(
@@ -27,7 +30,7 @@ def _role(
     BZ = max(16, min(triton.next_power_of_2(Z), t.BZ))
     ND, NZ = triton.cdiv(D, BD), triton.cdiv(Z, BZ)
     vector, key_side, reverse = call.kind == "vector", role in ("o", "dv"), role in ("dk", "dv")
-    C = max(16, min(t.C, triton.next_power_of_2(call.T))) if not vector else (max(t.C, call.frame) if call.frame > 1 else t.C)
+    C = call.chunk(role)
     M = call.block // C
     rows = call.cu is not None or call.T % C != 0
     operands = [None if a is None else rows_of(a) for a in (x, y, z)]
@@ -47,7 +50,11 @@ def _role(
         wrap = lambda a, w: a if a is None else TensorDescriptor(a, [tokens, a.shape[2] * a.shape[3]], [a.stride(1), 1], [C, w])
         operands = [wrap(a, w) for a, w in zip(operands, widths, strict=False)]
         g = wrap(g, widths[3]) if vector else g
-        other = wrap(other, BZ)
+        other = wrap(other, BZ) if vector else other
+        if role == "dk" and inter is not None:
+            inter = TensorDescriptor(inter, [inter.shape[0] * tokens, H * Z], [H * Z, 1], [C, BZ])
+    store = desc and t.store and out is not None and not rows and out.dtype != torch.float32
+    target = TensorDescriptor(out, [out.shape[0] * call.B * call.T, H * Z], [H * Z, 1], [C, BZ]) if store else out
     in_d, in_z = (Z, 1) if key_side else (1, D)
     H_in = 1 if S_in is None else S_in.shape[1]
     H_out = H if S_out is None else S_out.shape[1]
@@ -56,23 +63,64 @@ def _role(
         COL_D=D % BD != 0, COL_Z=Z % BZ != 0, PACKED=call.cu is not None, HAS_IN=S_in is not None, FIRST=first,
         HAS_OUT=S_out is not None, BLOCKS=0 if blocks is None else 2 if role == "dk" else 1, num_warps=t.warps,
     )  # fmt: skip
-    sizes = (call.T, call.B * call.T, *strides, stride_g, stride_other, call.scale, scale_in, scale_out)
+    sizes = (call.T, call.B * call.T, *strides)
+    scales = (stride_other, call.scale, scale_in, scale_out)
     counts = (H, *counts, Hg, Ho, H_in, H_out, D, Z, in_d, in_z, ND, NZ, splits)
     fp32 = call.dtype == torch.float32
     precision = "tf32x3" if fp32 else "tf32"
     grid = (call.N * splits * H * ND * NZ,)
     if vector:
+        pairs = _pairs(call, *((x, y) if role == "o" else (y, x))) if key_side and x is not None and not call.frame else None
         vector_role[grid](
-            *operands, g, out, other, inter, dg, S_in, S_out, blocks, total, call.cu, *sizes, call.floor, *counts,
-            FRAME=call.frame, SIDE_KEY=key_side, GATE=0 if inter is None else 2 if role == "dk" else 1, SPLIT=not fp32 and call.g.dtype == torch.float32,
-            IP=precision, **shared,
+            *operands, g, pairs, target, other, inter, dg, S_in, S_out, blocks, total, call.cu, *sizes, stride_g, *scales, call.floor, *counts,
+            FRAME=call.frame > 0, SIDE_KEY=key_side, GATE=0 if inter is None else 2 if role == "dk" else 1, SPLIT=not fp32 and call.g.dtype == torch.float32,
+            STORE=store, IP=precision, **shared,
         )  # fmt: skip
     else:
+        G, P, C_sum = _sums(call) if call.kind == "scalar" else (None, None, None)
+        G_desc = desc and G is not None and not fp32 and G.shape[1] % 4 == 0
+        if G_desc:
+            G, P = (None if a is None else TensorDescriptor(a, list(a.shape), [a.shape[1], 1], [1, C]) for a in (G, P))
         scalar_role[grid](
-            *operands, g, out, other, total if x is None else weights, S_in, S_out, blocks, products, call.cu, *sizes, *counts,
-            TR=t.transposed, DECAY=call.kind == "scalar", GATE=weights is not None, F64=fp32, IP=precision, **shared,
+            *operands, G, P, C_sum, target, other, total if x is None else weights, S_in, S_out, blocks, products, call.cu, call.T,
+            call.B * call.T, call.block_count() * M, *strides, *scales, *counts,
+            TR=t.transposed, DECAY=call.kind == "scalar", GATE=weights is not None, F64=fp32, G_DESC=G_desc, STORE=store, IP=precision, **shared,
         )  # fmt: skip
     return ND, NZ
+
+
+def _sums(call: Call) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Sums of a scalar log-decay inside the chunks [Hg, B*T], computed once for all roles of a call."""
+    if call.sums is None:
+        fp32 = call.dtype == torch.float32
+        C, Hg, tokens = call.chunk("o"), call.g.shape[2], call.B * call.T
+        new = lambda: torch.empty(Hg, tokens, dtype=torch.float64 if fp32 else torch.float32, device=call.g.device)
+        chunks = call.block_count() * (call.block // C)
+        total = torch.empty(Hg, chunks, dtype=torch.float64 if fp32 else torch.float32, device=call.g.device)
+        call.sums = (new(), new() if call.exclusive else None, total)
+        sums_kernel[(call.block_count(), Hg)](
+            call.g, *call.sums, call.cu, call.T, tokens, call.N, call.g.stride(1), chunks, C, call.block // C, call.exclusive,
+            call.cu is not None, fp32,
+        )  # fmt: skip
+    return call.sums
+
+
+def _pairs(call: Call, q: Tensor, k: Tensor) -> Tensor:
+    """The decayed products q_t . k_s inside every chunk, for any decay [chunks, H, C, C], once for the roles of a call."""
+    if call.pairs is None:
+        t, fp32 = call.tile("o"), call.dtype == torch.float32
+        chunks = call.T // t.C + call.N if call.cu is not None else call.N * triton.cdiv(call.T, t.C)
+        BD = max(16, min(triton.next_power_of_2(call.K), t.BD))
+        dtype = torch.bfloat16 if call.dtype == torch.float16 else call.dtype
+        call.pairs = torch.empty(chunks, call.H, t.C, t.C, dtype=dtype, device=q.device)
+        q, k, g = rows_of(q), rows_of(k), call.g
+        pairs_kernel[(chunks * call.H,)](
+            q, k, g, call.pairs, call.cu, call.T, call.N, q.stride(1), k.stride(1), g.stride(1), call.H, q.shape[2], k.shape[2],
+            g.shape[2], call.K, triton.cdiv(call.K, BD), BD=BD, C=t.C, EXCL=call.exclusive,
+            ROWS=call.cu is not None or call.T % t.C != 0, COL_D=call.K % BD != 0, PACKED=call.cu is not None,
+            SPLIT=not fp32 and g.dtype == torch.float32, IP="tf32x3" if fp32 else "tf32", num_warps=PAIR_WARPS,
+        )  # fmt: skip
+    return call.pairs
 
 
 def _partials(call: Call, role: str, like: Tensor, D: int) -> Tensor:
@@ -150,7 +198,7 @@ def backward(do, dS, start, q, k, v, g, S0, cu, scale: float, exclusive: bool, h
         extra_k |= dict(inter=inter, other=k, dg=dg)
     elif gate:
         NQ, NK = (ND * -(-K // max(16, min(triton.next_power_of_2(K), call.tile(r).BZ))) for r in ("dq", "dk"))
-        query, key, products = new(NQ, H, call.B * call.T), new(NK, H, call.B * call.T), new(NB, H, NK)
+        query, key, products = new(NQ, H, call.B * call.T), new(2, NK, H, call.B * call.T), new(NB, H, NK)
         extra_q |= dict(weights=query, other=q)
         extra_k |= dict(weights=key, other=k, products=products)
     _role(call, "dq", do, v, k, out=dq, splits=NS, S_in=S0, **extra_q)
@@ -161,8 +209,9 @@ def backward(do, dS, start, q, k, v, g, S0, cu, scale: float, exclusive: bool, h
     elif gate:
         dg = new(call.B, call.T, g.shape[2], 1)
         gate_kernel[(NB, g.shape[2])](
-            query, key, products, dg, cu, call.T, call.B * call.T, call.N, H, g.shape[2], NQ, NK, call.block, exclusive, cu is not None
-        )
+            query, key, products, dg, cu, call.T, call.B * call.T, call.N, H, g.shape[2], NQ, NK, call.block, call.chunk("dk"), exclusive,
+            cu is not None,
+        )  # fmt: skip
     if H != heads:
         dS0 = dS0.unflatten(1, (heads, -1)).sum(2)
     return _fold(dq, q.shape[2], q.dtype), _fold(dk, k.shape[2], k.dtype), _fold(dv, v.shape[2], v.dtype), dg if gate else None, dS0

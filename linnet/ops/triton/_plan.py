@@ -36,10 +36,10 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def frame_rows(kind: str, dtype: torch.dtype, bound: float | None) -> int:
-    """Rows over which a declared bound keeps products in range; 1: halving, for any decay."""
+    """Rows over which a declared bound keeps products in range; 0: halving, for any decay."""
     if kind != "vector" or bound is None or dtype == torch.float16 or 16 * -bound > SAFE_EXPONENT:
-        return 1
-    return 32 if 32 * -bound <= SAFE_EXPONENT and dtype != torch.float32 else 16
+        return 0
+    return 16
 
 
 class Call:
@@ -55,12 +55,17 @@ class Call:
         self.kind = "none" if g is None else "scalar" if g.shape[3] == 1 else "vector"
         self.dtype = q.dtype
         self.frame = frame_rows(self.kind, q.dtype, bound)
-        self.floor = -SAFE_EXPONENT / self.frame if self.frame > 1 else -200.0
+        self.floor = -SAFE_EXPONENT / self.frame if self.frame else -200.0
         self.architecture, self.processors = facts(q)
-        self.table_kind = "scalar" if self.kind != "vector" else "vector" if self.frame > 1 else "exact"
+        self.sums = self.pairs = None  # filled by the first role that needs them
+        self.table_kind = "scalar" if self.kind != "vector" else "vector" if self.frame else "exact"
 
     def tile(self, role: str) -> _table.Tile:
         return _table.tile(self.architecture, self.table_kind, role, self.dtype.itemsize)
+
+    def chunk(self, role: str) -> int:
+        """Tokens a program takes at a time."""
+        return self.tile(role).C
 
     @property
     def block(self) -> int:

@@ -20,12 +20,13 @@ class Tile:
     M: int = 2
     transposed: bool = True
     descriptors: bool = True
+    store: bool = True
     BD: int = 128  # widest contraction block; wider operands are cut into several
 
 
-SCALAR = {"o": Tile(), "dq": Tile(), "dk": Tile(), "dv": Tile()}
-VECTOR = {role: Tile(C=32, M=8) for role in ("o", "dq", "dk", "dv")}
-EXACT = {role: Tile(C=16, M=16) for role in ("o", "dq", "dk", "dv")}
+SCALAR = {"o": Tile(), "dq": Tile(transposed=False), "dk": Tile(transposed=False), "dv": Tile(transposed=False)}
+VECTOR = {role: Tile(C=16, M=4, stages=3) for role in ("o", "dq", "dk", "dv")}
+EXACT = {role: Tile(C=16, M=4, stages=3) for role in ("o", "dq", "dk", "dv")}
 FP32 = {"scalar": Tile(C=32, BZ=32, M=4, stages=1), "vector": Tile(C=16, BZ=32, M=8, stages=1), "exact": Tile(C=16, BZ=32, M=8, stages=1)}
 TABLE = {"sm90": {"scalar": SCALAR, "vector": VECTOR, "exact": EXACT}}
 DEFAULT_ARCHITECTURE = "sm90"

@@ -4,6 +4,7 @@
 
 import importlib
 import importlib.util
+import os
 from functools import partial
 
 import torch
@@ -14,42 +15,40 @@ from linnet.ops._autograd import refuse_double_backward
 from linnet.ops._dispatch import implements
 from linnet.ops.triton._plan import Call
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")  # Triton's own switch, read at import
+
 
 def _kernels():
     return importlib.import_module("linnet.ops.triton._linear")
 
 
-@torch.compiler.assume_constant_result
 def unavailable(device: str, index: int) -> str | None:
     """Why Triton kernels cannot run on a device here; None if they can. Imports triton, so only asked when it is needed."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     try:
-        interpreted = importlib.import_module("triton").knobs.runtime.interpret
-        if device == "cuda" and not interpreted and torch.cuda.get_device_capability(index) < (8, 0):
+        if device == "cuda" and torch.cuda.get_device_capability(index) < (8, 0):
             return "the GPU is older than compute capability 8.0"
         _kernels()
     except Exception as error:  # a broken installation must not break the other backends
         return f"triton cannot be imported ({type(error).__name__}: {error})"
-    return None if device == "cuda" or interpreted else "the kernels need a CUDA device (or Triton's interpreter)"
+    return None
 
 
-def _interpreting() -> bool:
-    """Whether kernels already loaded run under Triton's interpreter; never imports triton."""
-    import sys
-
-    return "triton" in sys.modules and bool(sys.modules["triton"].knobs.runtime.interpret)
+# What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo, seconds that only compiled models need.
+unavailable._dynamo_marked_constant = True
 
 
 def supports(arguments: dict) -> str | None:
     """Reason why a call cannot run on these kernels, None if it can."""
     q = arguments["q"]
-    if q.device.type != "cuda" and not (q.device.type == "cpu" and _interpreting()):
+    if q.device.type != "cuda" and not (q.device.type == "cpu" and INTERPRETED):
         return "the kernels need a CUDA device (or Triton's interpreter)"
-    dtypes = [x.dtype for x in arguments.values() if isinstance(x, Tensor) and x.is_floating_point() or isinstance(x, Tensor) and x.is_complex()]
-    allowed = (torch.float32, torch.bfloat16, torch.float16)
-    if any(d not in allowed for d in dtypes):
+    dtypes = {x.dtype for x in arguments.values() if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())}
+    if not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
         return "operands must be float32, bfloat16 or float16"
+    if q.device.type == "cpu" and q.dtype != torch.float32:
+        return "Triton's interpreter multiplies 16-bit matrices wrongly"
     if arguments["scale"] == 0:
         return "scale must not be zero"
     return unavailable(q.device.type, q.device.index or 0)

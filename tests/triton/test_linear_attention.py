@@ -1,0 +1,184 @@
+"""Laws of linear_attention on the Triton kernels: they compute the recurrence, whatever the kind of decay, packing, heads or split.
+
+Under the interpreter (fp32, small shapes) the whole file runs; the laws marked `gpu` need the real compiler and 16-bit types.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import linnet.ops as ops
+from linnet.ops.triton import _table
+
+FP32, BF16 = 2e-5, 5e-3
+HALF_LIMITS = {"dlog_decay": 8e-3}  # per channel: sums of products of three rounded factors, see docs/kernels.md
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    assert got.shape == want.shape
+    if not bool(torch.isfinite(got).all()):
+        return float("inf")
+    got, want = got.double(), want.double()
+    return float((got - want).norm() / want.norm().clamp_min(1e-30))
+
+
+def operands(device, T, K=16, V=16, B=2, heads=(2, 1, 2, 1), kind="scalar", strength=1.0, dtype=torch.float32, rows=None, seed=0):
+    """q, k, v, log_decay with head counts `heads`, and a random initial state."""
+    rng = torch.Generator().manual_seed(seed)
+    Hq, Hk, Hv, Hg = heads
+    normal = lambda *shape: torch.randn(*shape, generator=rng)
+    shape = {"none": None, "head": (Hg,), "scalar": (B, T, Hg), "vector": (B, T, Hg, K), "channel": (Hg, K)}[kind]
+    x = {"q": normal(B, T, Hq, K).to(dtype), "k": normal(B, T, Hk, K).to(dtype), "v": normal(B, T, Hv, V).to(dtype)}
+    if shape is not None:
+        u = torch.rand(*shape, generator=rng)
+        x["log_decay"] = torch.where(u < 0.2, -torch.inf, -u) if strength == "reset" else torch.full_like(u, -20.0) if strength == "20" else -strength * u
+    state = normal(rows or B, max(Hk, Hv, 1 if shape is None else Hg), K, V)
+    return {n: a.to(device) for n, a in x.items()}, state.to(device)
+
+
+def values_and_gradients(x, state, backend, dtype=None, **options):
+    leaves = {n: a.to(dtype or a.dtype).detach().requires_grad_() for n, a in {**x, "state": state}.items()}
+    q, k, v, *g = [a for n, a in leaves.items() if n != "state"]
+    o, (S, *rest) = ops.linear_attention(
+        q, k, v, *g, initial_state=leaves["state"] if "normalizer" not in options else None, return_state=True, backend=backend, **options
+    )
+    if "normalizer" in options:
+        leaves.pop("state")
+    rng = torch.Generator().manual_seed(5)
+    weigh = lambda a: (a * torch.randn(a.shape, generator=rng).to(x["v"].dtype).to(a)).sum()
+    grads = torch.autograd.grad(weigh(o) + weigh(S), list(leaves.values()))
+    return {"o": o.detach(), "S": S.detach(), **{"d" + n: a for n, a in zip(leaves, grads, strict=True)}}
+
+
+def assert_is_the_recurrence(x, state, limit=FP32, **options):
+    got = values_and_gradients(x, state, "triton", **options)
+    want = values_and_gradients(x, state, "torch", torch.float64, **options)
+    for name, value in got.items():
+        allowed = max(limit, HALF_LIMITS.get(name, 0) if limit == BF16 and x.get("log_decay", state).ndim == 4 else 0)
+        assert error(value, want[name]) < allowed, f"{name}: {error(value, want[name]):.1e}"
+
+
+@pytest.mark.parametrize("T", [1, 15, 16, 17, 63, 64, 65, 130])
+@pytest.mark.parametrize("kind", ["scalar", "vector"])
+def test_any_length(device, kind, T):
+    assert_is_the_recurrence(*operands(device, T, kind=kind, B=1, heads=(1, 1, 1, 1)))
+
+
+@pytest.mark.parametrize("heads", [(2, 1, 2, 1), (1, 2, 1, 2), (4, 2, 1, 1), (1, 1, 1, 2)])
+@pytest.mark.parametrize(("kind", "K", "V"), [("none", 24, 33), ("scalar", 16, 40), ("vector", 12, 16)])
+def test_grouped_heads_and_odd_widths(device, kind, heads, K, V):
+    assert_is_the_recurrence(*operands(device, 37, K, V, B=1, kind=kind, heads=heads))
+
+
+@pytest.mark.parametrize("options", [{}, {"log_decay_min": -5.0}], ids=["any decay", "bounded"])
+@pytest.mark.parametrize("read", ["after", "before"])
+def test_vector_decay_with_and_without_a_bound(device, read, options):
+    assert_is_the_recurrence(*operands(device, 70, B=1, kind="vector", heads=(1, 1, 1, 1), strength=5.0), read=read, **options)
+
+
+@pytest.mark.parametrize("kind", ["none", "scalar", "vector"])
+@pytest.mark.parametrize("read", ["after", "before"])
+def test_packed_documents(device, kind, read):
+    cu = torch.tensor([0, 0, 33, 34, 34, 90], dtype=torch.int32, device=device)
+    assert_is_the_recurrence(*operands(device, 90, kind=kind, B=1, rows=5), cu_seqlens=cu, read=read)
+
+
+@pytest.mark.parametrize("strength", [0.0, "20", "reset"])
+@pytest.mark.parametrize("kind", ["scalar", "vector"])
+def test_no_decay_strong_decay_and_resets(device, kind, strength):
+    assert_is_the_recurrence(*operands(device, 70, kind=kind, B=1, heads=(1, 1, 1, 1), strength=strength))
+
+
+@pytest.mark.parametrize("kind", ["head", "channel"])
+def test_constant_decays(device, kind):
+    assert_is_the_recurrence(*operands(device, 40, kind=kind, B=1))
+
+
+@pytest.mark.parametrize("kind", ["none", "scalar", "vector"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_splitting_the_time_is_exact(device, monkeypatch, kind, packed):
+    monkeypatch.setattr(_table, "splits", lambda *_: 3)
+    T = 400 if device == "cpu" else 4000
+    cu = torch.tensor([0, 7, 7, T], dtype=torch.int32, device=device) if packed else None
+    x, state = operands(device, T, kind=kind, B=1, rows=3 if packed else 1, heads=(2, 1, 1, 1), strength=0.1)
+    assert_is_the_recurrence(x, state, cu_seqlens=cu)
+
+
+def test_normalizer_bonus_and_gain(device):
+    x, state = operands(device, 40, kind="scalar", B=1)
+    x["q"], x["k"] = x["q"].abs(), x["k"].abs()
+    assert_is_the_recurrence(x, state, normalizer="sum", normalizer_eps=0.3)
+
+
+@pytest.mark.parametrize("kind", ["scalar", "vector"])
+@pytest.mark.parametrize("options", [{}, {"log_decay_min": -5.0}], ids=["any decay", "bounded"])
+def test_causal_bit_for_bit_and_deterministic(device, kind, options):
+    x, state = operands(device, 70, kind=kind, B=1)
+    t = 39
+    run = lambda y: ops.linear_attention(y["q"], y["k"], y["v"], y["log_decay"], initial_state=state, backend="triton", **options)[0]
+    changed = {n: a.clone() for n, a in x.items()}
+    for a in changed.values():
+        a[:, t:] = -4.9 * torch.rand_like(a[:, t:])
+    assert torch.equal(run(changed)[:, :t], run(x)[:, :t])
+    assert torch.equal(run(x), run(x))
+
+
+@pytest.mark.parametrize("kind", ["none", "scalar", "vector"])
+@pytest.mark.parametrize("read", ["after", "before"])
+def test_decoding_continues_a_prefill(device, kind, read):
+    x, state = operands(device, 20, 24, 33, kind=kind, heads=(4, 2, 1, 1))
+    with torch.no_grad():
+        run = lambda a, b, S: ops.linear_attention(
+            *(y[:, a:b] for y in x.values()), initial_state=S, return_state=True, read=read, backend="triton"
+        )
+        whole, final = run(0, 20, state)
+        parts, S = [], state
+        for a, b in ((0, 17), (17, 18), (18, 19), (19, 20)):
+            o, S = run(a, b, S)
+            parts.append(o)
+    assert error(torch.cat(parts, 1), whole) < 1e-5 and error(S[0], final[0]) < 1e-5
+
+
+def test_importing_linnet_imports_no_triton():
+    code = "import sys, linnet, linnet.ops, linnet.ops.triton; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_refusals_say_why(device):
+    x, state = operands(device, 8)
+    with pytest.raises(ValueError, match="float32, bfloat16 or float16"):
+        ops.linear_attention(*(a.double() for a in x.values()), backend="triton")
+    with pytest.raises(ValueError, match="scale must not be zero"):
+        ops.linear_attention(*x.values(), scale=0.0, backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kind", "options"), [("none", {}), ("scalar", {}), ("vector", {}), ("vector", {"log_decay_min": -5.0})])
+@pytest.mark.parametrize(("T", "K", "V"), [(130, 64, 64), (1000, 128, 128), (65, 256, 100), (63, 100, 257)])
+def test_sixteen_bit_operands(kind, options, dtype, T, K, V):
+    assert_is_the_recurrence(*operands("cuda", T, K, V, kind=kind, dtype=dtype), limit=BF16, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["scalar", "vector"])
+def test_compiles_into_one_graph(kind):
+    x, state = operands("cuda", 100, 32, 32, kind=kind, dtype=torch.bfloat16)
+    run = lambda q, k, v, g: ops.linear_attention(q, k, v, g)[0]
+    leaves = [a.requires_grad_() for a in x.values()]
+    results = []
+    for f in (run, torch.compile(run, fullgraph=True)):
+        o = f(*leaves)
+        results.append([o, *torch.autograd.grad(o.float().square().sum(), leaves)])
+    for got, want in zip(*results, strict=True):
+        assert error(got, want) < 5e-3
+
+
+@pytest.mark.gpu
+def test_chosen_without_being_named():
+    x, _ = operands("cuda", 8)
+    assert ops.choose("linear_attention", {**x, "scale": 1.0}) == "triton"
