@@ -119,6 +119,8 @@ class Mamba3(Mixer):
         self.dt_bias, self.D = (nn.Parameter(torch.empty(H)) for _ in range(2))
         if c.rank > 1:
             self.M_x, self.M_z, self.M_o = (nn.Parameter(torch.empty(H, c.rank, c.value_size)) for _ in range(3))
+        else:
+            self.M_x = self.M_z = self.M_o = None
         self.norm = L.GatedRMSNorm(c.width, eps=c.norm_eps, groups=H) if c.output_norm else None
         self.out_proj = nn.Linear(c.width, c.d_model, bias=False)
         self.reset_parameters()
@@ -177,7 +179,6 @@ class Mamba3(Mixer):
         k_BTHRK, q_BTHRK = keys(B, self.B_norm, self.B_bias), keys(C, self.C_norm, self.C_bias)
         v_BTHV, gain_BTH = L.split_heads(L.full(v), H), lam_BTH * delta_BTH
         ranks = lambda y_BTHV, M: y_BTHV[:, :, :, None] * L.full(M) if R > 1 else y_BTHV[:, :, :, None]
-        M_x, M_z = (self.M_x, self.M_z) if R > 1 else (None, None)
 
         now = torch.cat((k_BTHRK.flatten(2), v_BTHV.flatten(2), gain_BTH), -1)
         before, last = ops.token_shift(now, initial_state=last, **keep)
@@ -186,13 +187,13 @@ class Mamba3(Mixer):
         steps = lambda y_BTHRX: y_BTHRX.transpose(2, 3).flatten(1, 2).to(x_BTD.dtype)  # [B, T R, H, X]
         o_BTHV, new = ops.linear_attention(
             q_BTHRK.flatten(2, 3).to(x_BTD.dtype), steps(k0.unflatten(-1, (H, R, c.d_state))),
-            steps(ranks(v0.unflatten(-1, (H, -1)) * w_BTH[..., None], M_x)), g_BTH,
+            steps(ranks(v0.unflatten(-1, (H, -1)) * w_BTH[..., None], self.M_x)), g_BTH,
             steps_per_token=R, scale=1.0, initial_state=S, **keep,
         )  # fmt: skip
-        v_BTHRV = ranks(v_BTHV, M_x)
+        v_BTHRV = ranks(v_BTHV, self.M_x)
         scores_BTHRR = q_BTHRK @ k_BTHRK.mT * gain_BTH[..., None, None]
         y = L.full(o_BTHV).unflatten(2, (H, R)) + scores_BTHRR @ v_BTHRV + L.full(self.D)[:, None, None] * v_BTHRV
-        y, gate = (p.transpose(2, 3).flatten(3) for p in (y, ranks(L.split_heads(L.full(z), H), M_z)))  # [B, T, R, width]
+        y, gate = (p.transpose(2, 3).flatten(3) for p in (y, ranks(L.split_heads(L.full(z), H), self.M_z)))  # [B, T, R, width]
         y = y * F.silu(gate) if self.norm is None else self.norm(y, gate)
         y = y[:, :, 0] if R == 1 else (y * L.full(self.M_o).transpose(0, 1).flatten(1)).sum(2)
         return self.out_proj(y.to(x_BTD.dtype)), self.close_state(context, phi, *(last or ()), *(new or ()))

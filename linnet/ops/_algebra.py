@@ -126,7 +126,9 @@ def linear_attention(
     if q.dtype != k_hat.dtype:
         q, value = q.to(k_hat.dtype), value.to(k_hat.dtype)
     o, S = core(q, k_hat, value, g, S0, cu_steps, scale, before, heads, dtype, **tuning)
-    o = last_steps(o, n, first=before).to(dtype)
+    o = last_steps(o, n, first=before)
+    if not (log_gain is None and bonus is None and normalizer is None):  # arithmetic follows
+        o = o.to(dtype)
     H = max(q.shape[2], heads)
     if factor is not None:
         o = o * expand_heads(factor, H).unsqueeze(-1)

@@ -78,8 +78,6 @@ def scalar_role(
         ok = c * C + r < length
         yb = load_tile(y, row, ok, stride_y, (h // (H // Hy)) * D + cd, D - cd, d, DESC, ROWS, COL_D)
         zb = load_tile(z, row, ok, stride_z, (h // (H // Hz)) * Z + cz, Z - cz, zz, DESC, ROWS, COL_Z)
-        if GATE:  # by pointers and early: it feeds no product, so it would not be prefetched
-            ub = load_tile(other, row, ok, stride_other, (h // (H // Ho)) * Z + cz, Z - cz, zz, False, ROWS, COL_Z)
         if DECAY:
             hg = h // (H // Hg)
             G = load_sums(G_sum, hg, row, r, ok, BT, C, G_DESC)
@@ -113,31 +111,33 @@ def scalar_role(
                 A = A * tl.exp2(tl.minimum(e, 0.0).to(tl.float32))
                 w_out = w_key if REV else w_query
                 O = O * (w_out[None, :] if TR else w_out[:, None])
+            A = tl.where(keep, A, 0.0).to(DT)
             if GATE:
-                ub = (tl.trans(ub) if TR else ub).to(tl.float32)
+                ub = load_tile(other, row, ok, stride_other, (h // (H // Ho)) * Z + cz, Z - cz, zz, DESC, ROWS, COL_Z).to(tl.float32)
+                if TR:
+                    ub = tl.trans(ub)
+                wp = weights + (id * NZ + iz).to(tl.int64) * H * BT + h.to(tl.int64) * BT + row + r
             if BLOCKS == 2:
-                if (c + 1) % M == 0 or c == chunks - 1:
+                inside = tl.zeros([C], tl.float32)
+                ends = (c + 1) % M == 0 or c == chunks - 1
+                if ends:  # what a chunk sends beyond its block may be far larger than its own pairs: weighed apart
                     at_block, in_block = state_at(blocks, (block0 + c // M) * H + h, cd + d, cz + zz, D, Z, Z, 1, TR)
                     SR = tl.sum(tl.sum(S * tl.load(at_block, mask=in_block, other=0.0).to(tl.float32), 1), 0) * carry
                     tl.store(products + ((block0 + c // M).to(tl.int64) * H + h) * (ND * NZ) + id * NZ + iz, SR * scale)
-            A = tl.where(keep, A, 0.0).to(DT)
-            if REV and GATE:  # what goes through the state may be far larger: its weights are kept apart
-                O_state = O
-                O = tl.zeros_like(O)
+                    tl.store(wp + h.to(tl.int64) * 0 + ND * NZ * H * BT, tl.sum(ub * O, 0 if TR else 1) * scale, mask=ok)
+                    if TR:
+                        inside = tl.sum(ub * tl.dot(tl.trans(zb), A, input_precision=IP), 0)
+                    else:
+                        inside = tl.sum(ub * tl.dot(A, zb, input_precision=IP), 1)
             if TR:
                 O = tl.dot(tl.trans(zb), A, O, input_precision=IP)
             else:
                 O = tl.dot(A, zb, O, input_precision=IP)
             if GATE:
-                wp = weights + (id * NZ + iz).to(tl.int64) * H * BT + h.to(tl.int64) * BT + row + r
-                if TR:
-                    weight = tl.sum(ub * O, 0) * scale
-                else:
-                    weight = tl.sum(ub * O, 1) * scale
-                tl.store(wp, weight, mask=ok)
-                if REV:
-                    tl.store(wp + h.to(tl.int64) * 0 + ND * NZ * H * BT, tl.sum(ub * O_state, 0 if TR else 1) * scale, mask=ok)
-                    O += O_state
+                weight = tl.sum(ub * O, 0 if TR else 1)
+                if BLOCKS == 2:
+                    weight = tl.where(ends, inside, weight)
+                tl.store(wp, weight * scale, mask=ok)
                 if not EXCL:
                     if TR:
                         O += own[None, :] * tl.trans(zb).to(tl.float32)
@@ -200,10 +200,10 @@ def sums_kernel(
 def gate_kernel(
     query, key, products, dg, cu, T, BT, N, H, Hg, NQ, NK, L: tl.constexpr, C: tl.constexpr, EXCL: tl.constexpr, PACKED: tl.constexpr
 ):
-    """dg [B*T, Hg] from partial sums: query [NQ, H, B*T], key [2, NK, H, B*T] (inside the chunk, through the state), products.
+    """dg [B*T, Hg] from partial sums: query [NQ, H, B*T], key [2, NK, H, B*T], products.
 
     dg_t = product of the states around the block's last chunk + sum of what tokens before t in that chunk send beyond it
-           + sum_{t' >= t} (q.dq - k.dk)_{t'}, where k.dk beyond the block's last chunk is left out: no large terms cancel.
+           + sum_{t' >= t} (q.dq - k.dk)_{t'}, without what the block's last chunk sends beyond it (that is key[1]): no large terms cancel.
     """
     block = tl.program_id(0)
     hg = tl.program_id(1)
@@ -230,7 +230,6 @@ def gate_kernel(
             for p in range(0, NK):
                 wk += tl.load(key + (p * H + h).to(tl.int64) * BT + rows, mask=ok, other=0.0)
                 state_part = key + ((NK + p) * H + h).to(tl.int64) * BT + rows
-                wk += tl.load(state_part, mask=ok & (r < last), other=0.0)
                 ws += tl.load(state_part - 1, mask=ok & (r > last), other=0.0)
                 D += tl.load(products + (block.to(tl.int64) * H + h) * NK + p)
             acc += tl.cumsum(wq - wk, 0, reverse=True) + tl.cumsum(ws, 0) + D

@@ -181,10 +181,6 @@ def vector_role(
                 through = tl.trans(load_tile(inter, id * BT + row, ok, H * Z, h * Z + cz, Z - cz, zz, DESC, ROWS, COL_Z)).to(tl.float32)
                 through = zt.to(tl.float32) * through
                 own_k = kt.to(tl.float32) * O * scale
-                if (c + 1) % M == 0 or c == chunks - 1:
-                    at_block, in_block = state_at(blocks, (block0 + c // M) * H + h, cd + d, cz + zz, D, Z, Z, 1, True)
-                    SR = tl.sum(S * tl.load(at_block, mask=in_block, other=0.0).to(tl.float32), 1)
-                    running = SR * scale * tl.sum(dec, 1)
                 Q = tl.where((ci > ri), tl.dot(xb, tl.trans(yb), input_precision=IP), 0.0)  # the same products, [out, in]
                 wq = tl.zeros([BZ, C], tl.float32)
                 wk = tl.zeros([BZ, C], tl.float32)
@@ -223,17 +219,27 @@ def vector_role(
                 if (c + 1) % M == 0 or c == chunks - 1:
                     at_block, in_block = state_at(blocks, (block0 + c // M) * H + h, cd + d, cz + zz, D, Z, Z, 1, True)
                     tl.store(at_block, S.to(blocks.dtype.element_ty), mask=in_block)
-            S = tl.dot(zs, yb.to(BF), S * dec, input_precision=IP)
             if GATE == 2:
-                ends = (c + 1) % M == 0 or c == chunks - 1  # what a chunk at a block's end sends beyond it counts from before t
-                tail = ri >= ci
-                beyond = tl.where(ends, (ri < ci).to(tl.float32), -(tail.to(tl.float32)))
-                through += wq * scale
-                R = selected(through, (ri > ci).to(BF) if EXCL else tail.to(BF), running, BF, IP)
-                R -= selected(wk * scale, tail.to(BF), tl.zeros_like(running), BF, IP)
-                R += selected(own_k, beyond.to(BF), tl.zeros_like(running), BF, IP)
-                running += tl.sum(through - wk * scale, 1) - tl.where(ends, 0.0, tl.sum(own_k, 1))
+                tail = (ri >= ci).to(BF)
+                if EXCL:
+                    through += wq * scale
+                    w = wk * -scale
+                else:
+                    w = through + (wq - wk) * scale
+                if (c + 1) % M == 0 or c == chunks - 1:  # what a chunk sends beyond its block counts from the tokens before t
+                    at_block, in_block = state_at(blocks, (block0 + c // M) * H + h, cd + d, cz + zz, D, Z, Z, 1, True)
+                    running = tl.sum(S * tl.load(at_block, mask=in_block, other=0.0).to(tl.float32), 1) * scale * tl.sum(dec, 1)
+                    R = selected(own_k, (ri < ci).to(BF), running, BF, IP)
+                else:
+                    w = w - own_k
+                    R = tl.zeros([BZ, C], tl.float32) + running[:, None]
+                running += tl.sum(w, 1)
+                R += selected(w, tail, tl.zeros_like(running), BF, IP)
+                if EXCL:
+                    R += selected(through, (ri > ci).to(BF), tl.zeros_like(running), BF, IP)
+                    running += tl.sum(through, 1)
                 tl.store(dg + at_z, R.to(dg.dtype.element_ty), mask=inside)
+            S = tl.dot(zs, yb.to(BF), S * dec, input_precision=IP)
         if OUT:
             ob = tl.trans((O * scale).to(OT))
             store_tile(o, ob, id * BT + row, id.to(tl.int64) * BT + row, ok, H * Z, h * Z + cz, Z - cz, zz, STORE, ROWS, COL_Z)

@@ -9,13 +9,11 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from linnet.ops.triton import _table
 from linnet.ops.triton._kernel_scalar import gate_kernel, join_kernel, scalar_role, sums_kernel
 from linnet.ops.triton._kernel_step import step_kernel
 from linnet.ops.triton._kernel_vector import pairs_kernel, vector_role
 from linnet.ops.triton._plan import Call, rows_of
-
-
-PAIR_WARPS = 2
 
 
 def _role(
@@ -50,7 +48,7 @@ def _role(
         wrap = lambda a, w: a if a is None else TensorDescriptor(a, [tokens, a.shape[2] * a.shape[3]], [a.stride(1), 1], [C, w])
         operands = [wrap(a, w) for a, w in zip(operands, widths, strict=False)]
         g = wrap(g, widths[3]) if vector else g
-        other = wrap(other, BZ) if vector else other
+        other = wrap(other, BZ)
         if role == "dk" and inter is not None:
             inter = TensorDescriptor(inter, [inter.shape[0] * tokens, H * Z], [H * Z, 1], [C, BZ])
     store = desc and t.store and out is not None and not rows and out.dtype != torch.float32
@@ -118,7 +116,7 @@ def _pairs(call: Call, q: Tensor, k: Tensor) -> Tensor:
             q, k, g, call.pairs, call.cu, call.T, call.N, q.stride(1), k.stride(1), g.stride(1), call.H, q.shape[2], k.shape[2],
             g.shape[2], call.K, triton.cdiv(call.K, BD), BD=BD, C=t.C, EXCL=call.exclusive,
             ROWS=call.cu is not None or call.T % t.C != 0, COL_D=call.K % BD != 0, PACKED=call.cu is not None,
-            SPLIT=not fp32 and g.dtype == torch.float32, IP="tf32x3" if fp32 else "tf32", num_warps=PAIR_WARPS,
+            SPLIT=not fp32 and g.dtype == torch.float32, IP="tf32x3" if fp32 else "tf32", num_warps=_table.PAIR_WARPS,
         )  # fmt: skip
     return call.pairs
 

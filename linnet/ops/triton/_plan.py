@@ -58,7 +58,7 @@ class Call:
         self.floor = -SAFE_EXPONENT / self.frame if self.frame else -200.0
         self.architecture, self.processors = facts(q)
         self.sums = self.pairs = None  # filled by the first role that needs them
-        self.table_kind = "scalar" if self.kind != "vector" else "vector" if self.frame else "exact"
+        self.table_kind = self.kind if self.kind != "vector" or self.frame else "exact"
 
     def tile(self, role: str) -> _table.Tile:
         return _table.tile(self.architecture, self.table_kind, role, self.dtype.itemsize)

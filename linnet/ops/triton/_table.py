@@ -24,11 +24,18 @@ class Tile:
     BD: int = 128  # widest contraction block; wider operands are cut into several
 
 
-SCALAR = {"o": Tile(), "dq": Tile(transposed=False), "dk": Tile(transposed=False), "dv": Tile(transposed=False)}
+NONE = {role: Tile(stages=4, M=4, store=False) for role in ("o", "dq", "dk", "dv")}
+SCALAR = {
+    "o": Tile(M=4),
+    "dq": Tile(M=4, transposed=False, store=False),
+    "dk": Tile(M=4, transposed=False),
+    "dv": Tile(M=4),
+}
 VECTOR = {role: Tile(C=16, M=4, stages=3) for role in ("o", "dq", "dk", "dv")}
-EXACT = {role: Tile(C=16, M=4, stages=3) for role in ("o", "dq", "dk", "dv")}
-FP32 = {"scalar": Tile(C=32, BZ=32, M=4, stages=1), "vector": Tile(C=16, BZ=32, M=8, stages=1), "exact": Tile(C=16, BZ=32, M=8, stages=1)}
-TABLE = {"sm90": {"scalar": SCALAR, "vector": VECTOR, "exact": EXACT}}
+EXACT = {"o": Tile(C=32, M=2, stages=3), "dq": Tile(C=16, M=4, stages=3), "dk": Tile(C=16, M=4, stages=3), "dv": Tile(C=32, M=2, stages=3)}
+PAIR_WARPS = 2
+FP32 = {"none": Tile(C=32, BZ=32, M=4, stages=1), "scalar": Tile(C=32, BZ=32, M=4, stages=1), "vector": Tile(C=16, BZ=32, M=8, stages=1), "exact": Tile(C=16, BZ=32, M=8, stages=1)}
+TABLE = {"sm90": {"none": NONE, "scalar": SCALAR, "vector": VECTOR, "exact": EXACT}}
 DEFAULT_ARCHITECTURE = "sm90"
 
 
