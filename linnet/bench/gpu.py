@@ -4,7 +4,7 @@
     python -m linnet.bench.gpu --check         values and gradients against float64, at small and at the measured shapes
     python -m linnet.bench.gpu --tune KIND     every role of a decay kind over candidate tiles (none, scalar, vector, exact)
 
-Times are medians of CUDA-event timings (`triton.testing.do_bench`), in ms.
+Times are medians in ms, replayed from a CUDA graph; `eager` includes what Python needs to launch the kernels.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def compare(x, kind, **options) -> dict[str, float]:
     return {n: error(a, want[n]) for n, a in got.items()}
 
 
-def check(limits={torch.bfloat16: 5e-3, torch.float16: 5e-3, torch.float32: 2e-5}) -> bool:  # noqa: B006
+def check(small: bool = True) -> bool:
+    limits = {torch.bfloat16: 5e-3, torch.float16: 5e-3, torch.float32: 2e-5}
     good = True
 
     def report(name: str, errors: dict[str, float], limit: float):
@@ -94,7 +95,7 @@ def check(limits={torch.bfloat16: 5e-3, torch.float16: 5e-3, torch.float32: 2e-5
         good &= not bad
         print(f"{'MISS' if bad else 'ok  '} {name:60s}", " ".join(f"{n} {e:.1e}" for n, e in errors.items()), flush=True)
 
-    for dtype, limit in limits.items():
+    for dtype, limit in limits.items() if small else ():
         for kind in ("none", "scalar", "vector", "exact"):
             for strength in ("mild",) if kind == "none" else ("mild", "strong", "reset", "constant5"):
                 x = make(kind, 2, 200, 2, 64, 64, dtype, strength=strength)
@@ -137,10 +138,11 @@ def check(limits={torch.bfloat16: 5e-3, torch.float16: 5e-3, torch.float32: 2e-5
     return good
 
 
-def median(f: Callable[[], Any], rep: int = 60) -> float:
-    from triton.testing import do_bench
+def median(f: Callable[[], Any], rep: int = 60, graph: bool = False) -> float:
+    """ms of one call; graph: replayed from a CUDA graph, without the time Python needs to launch it."""
+    from triton.testing import do_bench, do_bench_cudagraph
 
-    return do_bench(f, warmup=20, rep=rep, return_mode="median")
+    return do_bench_cudagraph(f, rep=rep, return_mode="median") if graph else do_bench(f, warmup=20, rep=rep, return_mode="median")
 
 
 def floor_ms(kind: str, B: int, T: int, H: int, K: int, V: int) -> tuple[float, float]:
@@ -167,14 +169,15 @@ def measure(kind: str, B: int, T: int, H: int, K: int, V: int, dtype: torch.dtyp
     torch.cuda.synchronize()
     first = time.perf_counter() - start
     with torch.no_grad():
-        forward = median(lambda: call(x, kind, "triton"))
+        forward, eager_forward = (median(lambda: call(x, kind, "triton"), graph=graph) for graph in (True, False))
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
-    total = median(both)
+    eager_both = median(both)
     peak = torch.cuda.max_memory_allocated() - held
+    total = median(both, graph=True)
     floors = floor_ms(kind, B, T, H, K, V)
     return dict(
-        kind=kind, B=B, T=T, H=H, K=K, V=V, forward_ms=forward, both_ms=total, forward_floor=floors[0], both_floor=floors[1],
+        kind=kind, B=B, T=T, H=H, K=K, V=V, forward_ms=forward, both_ms=total, eager_forward_ms=eager_forward, eager_both_ms=eager_both, forward_floor=floors[0], both_floor=floors[1],
         peak_mib=peak / 2**20, first_call_s=first,
     )  # fmt: skip
 
@@ -267,7 +270,7 @@ def main() -> None:
             rows.append(row)
             print(
                 f"B{row['B']} T{row['T']} H{row['H']} K{row['K']} V{row['V']} {kind:9s} forward {row['forward_ms']:.3f} (floor {row['forward_floor']:.3f})  "
-                f"forward+backward {row['both_ms']:.3f} (floor {row['both_floor']:.3f})  peak {row['peak_mib']:.0f} MiB  first call {row['first_call_s']:.1f} s",
+                f"forward+backward {row['both_ms']:.3f} (floor {row['both_floor']:.3f})  eager {row['eager_forward_ms']:.3f} | {row['eager_both_ms']:.3f}  peak {row['peak_mib']:.0f} MiB  first call {row['first_call_s']:.1f} s",
                 flush=True,
             )
     for batch in (1, 64, 256):

@@ -62,8 +62,10 @@ def assert_is_the_recurrence(x, state, limit=FP32, **options):
         assert error(value, want[name]) < allowed, f"{name}: {error(value, want[name]):.1e}"
 
 
-@pytest.mark.parametrize("T", [1, 15, 16, 17, 63, 64, 65, 130])
-@pytest.mark.parametrize("kind", ["scalar", "vector"])
+@pytest.mark.parametrize(
+    ("kind", "T"),
+    [*(("scalar", T) for T in (1, 15, 16, 17, 63, 64, 65, 130)), *(("vector", T) for T in (1, 15, 16, 17, 65))],
+)
 def test_any_length(device, kind, T):
     assert_is_the_recurrence(*operands(device, T, kind=kind, B=1, heads=(1, 1, 1, 1)))
 
@@ -83,8 +85,8 @@ def test_vector_decay_with_and_without_a_bound(device, read, options):
 @pytest.mark.parametrize("kind", ["none", "scalar", "vector"])
 @pytest.mark.parametrize("read", ["after", "before"])
 def test_packed_documents(device, kind, read):
-    cu = torch.tensor([0, 0, 33, 34, 34, 90], dtype=torch.int32, device=device)
-    assert_is_the_recurrence(*operands(device, 90, kind=kind, B=1, rows=5), cu_seqlens=cu, read=read)
+    cu = torch.tensor([0, 0, 33, 34, 34, 60], dtype=torch.int32, device=device)
+    assert_is_the_recurrence(*operands(device, 60, kind=kind, B=1, rows=5, heads=(2, 1, 1, 1)), cu_seqlens=cu, read=read)
 
 
 @pytest.mark.parametrize("strength", [0.0, "20", "reset"])
@@ -102,7 +104,7 @@ def test_constant_decays(device, kind):
 @pytest.mark.parametrize("packed", [False, True])
 def test_splitting_the_time_is_exact(device, monkeypatch, kind, packed):
     monkeypatch.setattr(_table, "splits", lambda *_: 3)
-    T = 400 if device == "cpu" else 4000
+    T = 200 if device == "cpu" else 4000
     cu = torch.tensor([0, 7, 7, T], dtype=torch.int32, device=device) if packed else None
     x, state = operands(device, T, kind=kind, B=1, rows=3 if packed else 1, heads=(2, 1, 1, 1), strength=0.1)
     assert_is_the_recurrence(x, state, cu_seqlens=cu)
@@ -117,7 +119,7 @@ def test_normalizer_bonus_and_gain(device):
 @pytest.mark.parametrize("kind", ["scalar", "vector"])
 @pytest.mark.parametrize("options", [{}, {"log_decay_min": -5.0}], ids=["any decay", "bounded"])
 def test_causal_bit_for_bit_and_deterministic(device, kind, options):
-    x, state = operands(device, 70, kind=kind, B=1)
+    x, state = operands(device, 70, kind=kind, B=1, heads=(1, 1, 1, 1))
     t = 39
     run = lambda y: ops.linear_attention(y["q"], y["k"], y["v"], y["log_decay"], initial_state=state, backend="triton", **options)[0]
     changed = {n: a.clone() for n, a in x.items()}
@@ -130,7 +132,7 @@ def test_causal_bit_for_bit_and_deterministic(device, kind, options):
 @pytest.mark.parametrize("kind", ["none", "scalar", "vector"])
 @pytest.mark.parametrize("read", ["after", "before"])
 def test_decoding_continues_a_prefill(device, kind, read):
-    x, state = operands(device, 20, 24, 33, kind=kind, heads=(4, 2, 1, 1))
+    x, state = operands(device, 20, 24, 33, kind=kind, B=1, heads=(4, 2, 1, 1))
     with torch.no_grad():
         run = lambda a, b, S: ops.linear_attention(
             *(y[:, a:b] for y in x.values()), initial_state=S, return_state=True, read=read, backend="triton"

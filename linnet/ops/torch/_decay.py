@@ -22,6 +22,8 @@ dividing H; pair matrices [c, H, R, C, C].
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -131,7 +133,7 @@ class NoDecay:
 class Decay:
     """Scalar (g [c, H', C, 1]) or per-channel (g [c, H', C, K]) log-decay of the chunks of one span, expanded to `heads`."""
 
-    def __init__(self, g: Tensor, heads: int, exclusive: bool):
+    def __init__(self, g: Tensor, heads: int, exclusive: bool, backward: bool = False):
         self.heads, self.own_heads = heads, g.shape[1]
         self.scalar = g.shape[-1] == 1
         C = g.shape[-2]
@@ -152,11 +154,21 @@ class Decay:
             h *= 2
         self.P, self.E, self.S, self.W = P, E, S, W[..., 0, :]
         self._D: dict[bool, Tensor] = {}
-        self._d = {"P": torch.zeros_like(P), "S": torch.zeros_like(S), "W": torch.zeros_like(W)}
-        self._d["E"] = torch.zeros_like(P) if exclusive else None
-        self._level_P: list = [0.0] * len(self.levels)
-        self._level_E: list = [0.0] * len(self.levels)
-        self._level_S: list = [0.0] * len(self.levels)
+        if backward:
+            like = lambda x: None if x is None else torch.zeros_like(x)
+            self._d = {"P": like(P), "E": like(E), "S": like(S), "W": like(W)}
+            self._levels = {name: [like(level[i]) for level in self.levels] for i, name in ((1, "P"), (2, "E"), (3, "S"))}
+
+    def at(self, chunks: slice) -> Decay:
+        """The decay of some of the chunks; what its backward collects is collected here."""
+        part = copy.copy(self)
+        cut = lambda x: None if x is None else x[chunks]
+        part.P, part.E, part.S, part.W, part._D = cut(self.P), cut(self.E), cut(self.S), cut(self.W), {}
+        part.levels = [(h, *map(cut, factors)) for h, *factors in self.levels]
+        if hasattr(self, "_d"):
+            part._d = {name: cut(x) for name, x in self._d.items()}
+            part._levels = {name: list(map(cut, values)) for name, values in self._levels.items()}
+        return part
 
     def _matrix(self, exclusive: bool) -> Tensor:
         """The decay matrix [c, H, C, C] of scalar decay: strictly lower part, ones on the diagonal."""
@@ -189,13 +201,13 @@ class Decay:
 
     def pair_backward(self, dM: Tensor, M: Tensor, x: Tensor, y: Tensor, *, exclusive: bool, strict: bool):
         """Gradients of x and y at their own heads; collects the gradient of the factors. May overwrite dM."""
-        level_q = self._level_E if exclusive else self._level_P
+        level_q, level_s = self._levels["E" if exclusive else "P"], self._levels["S"]
         if self.scalar:
-            F = dM * M
+            F = (dM * M).sum(2) if M.shape[2] > 1 else (dM * M)[:, :, 0]
             for n, (h, *_) in enumerate(self.levels):
                 block = corner(F, h)
-                level_q[n] = level_q[n] + block.sum(-1, keepdim=True).sum(2)
-                self._level_S[n] = self._level_S[n] + block.sum((2, -2)).unsqueeze(-1)
+                level_q[n] += block.sum(-1, keepdim=True)
+                level_s[n] += block.sum(-2).unsqueeze(-1)
             dM = dM.mul_(self._matrix(exclusive)[:, :, None])
             return scores_backward(mask_(dM, True) if strict else dM, x, y)
         heads_x, heads_y = x.shape[1], y.shape[1]
@@ -211,8 +223,8 @@ class Decay:
             block = corner(dM, h)
             dleft = block @ right
             dright = (block.transpose(-1, -2) @ left).sum(2) if x.shape[2] > 1 else (block.transpose(-1, -2) @ left).squeeze(2)
-            level_q[n] = level_q[n] + (dleft * left).sum(2)
-            self._level_S[n] = self._level_S[n] + dright * right[:, :, 0]
+            level_q[n] += (dleft * left).sum(2) if x.shape[2] > 1 else (dleft * left)[:, :, 0]
+            level_s[n] += dright * right[:, :, 0]
             halves(dx, h)[1].add_(dleft.mul_(f))
             halves(dy, h)[0].add_(dright.mul_(S1))
         return fold(dx, heads_x), fold(dy, heads_y)
@@ -260,8 +272,8 @@ class Decay:
             if E is not None:
                 after = after + halves(E, h)[1].sum(-2)
             W = torch.stack([W + after, W + halves(S, h)[0].sum(-2)], -2).flatten(-3, -2)
-            halves(P, h)[1].add_(self._level_P[n])
+            halves(P, h)[1].add_(self._levels["P"][n])
             if E is not None:
-                halves(E, h)[1].add_(self._level_E[n])
-            halves(S, h)[0].add_(self._level_S[n])
+                halves(E, h)[1].add_(self._levels["E"][n])
+            halves(S, h)[0].add_(self._levels["S"][n])
         return fold(W + P, self.own_heads)

@@ -17,7 +17,7 @@ from torch import Tensor
 from linnet.ops.torch._chunks import Chunks
 from linnet.ops.torch._decay import add_product_, column_sums, expand, fold, minus_product, rows_times, transposed_times
 from linnet.ops.torch._inverse import unit_lower_inverse
-from linnet.ops.torch._linear import group, initial, keep, make_decay, run_states, ungroup
+from linnet.ops.torch._linear import Decays, group, initial, keep, run_states, ungroup
 
 
 def gated(x: Tensor, gate: Tensor | None) -> Tensor:
@@ -52,12 +52,12 @@ def forward(
     o = torch.empty(B, T, max(Hq, heads), V, dtype=v.dtype, device=v.device)
     X_all = torch.empty(B if save else 0, T, heads, V, dtype=dtype, device=v.device)
     saved, row = grid.span_states(save, (heads, K, V), q, dtype), 0
+    decays = Decays(grid, g, heads, before_decay or exclusive, dtype)
     for span in grid.spans():
         row = keep(saved, row, S[: grid.counts[span[0]]])
-        qs, ks, ps, us, bs, ws, gs = grid.takes(span, dtype, q=q, k=k, p=p, v=v, erase=erase, write=write, g=g)
+        qs, ks, ps, us, bs, ws = grid.takes(span, dtype, q=q, k=k, p=p, v=v, erase=erase, write=write)
         qs, es = group(qs.mul_(scale), heads), gated(ps if ks is None else ks, bs)[:, :, None]
-        us = expand(gated(us, ws), heads)
-        decay = make_decay(gs, heads, before_decay or exclusive)
+        us, decay = expand(gated(us, ws), heads), decays.at(span)
         inverse = unit_lower_inverse(decay.pair(es, ps, exclusive=before_decay, strict=True)[:, :, 0])
         e_tilde, p_hat = decay.prefix(es, before_decay)[:, :, 0], decay.suffix(ps).transpose(-1, -2)
         starts = grid.buffer("starts", (us.shape[0], heads, K, V), v, dtype)
@@ -85,12 +85,12 @@ def backward(
     dS = initial(grid, dS, (grid.rows, heads, K, v.shape[3]), dtype, q.device)
     dq, dk, dp, dv = (None if x is None else torch.empty_like(x) for x in (q, k, p, v))
     derase, dwrite, dg = (None if x is None else torch.empty(x.shape, dtype=dtype, device=x.device) for x in (erase, write, g))
-    end = saved.shape[0]
+    end, decays = saved.shape[0], Decays(grid, g, heads, before_decay or exclusive, dtype, backward=True)
     for span in reversed(grid.spans()):
-        qs, ks, ps, X, bs, ws, gs, dos = grid.takes(span, dtype, q=q, k=k, p=p, X=X_all, erase=erase, write=write, g=g, do=do)
+        qs, ks, ps, X, bs, ws, dos = grid.takes(span, dtype, q=q, k=k, p=p, X=X_all, erase=erase, write=write, do=do)
         keys = ps if ks is None else ks
         qs, es, dos = group(qs.mul_(scale), heads), gated(keys, bs)[:, :, None], group(dos, heads)
-        decay = make_decay(gs, heads, before_decay or exclusive)
+        decay = decays.at(span)
         begin = end - grid.counts[span[0]]
         S, end = saved[begin:end].clone(), begin
         L = decay.pair(es, ps, exclusive=before_decay, strict=True)
@@ -130,6 +130,5 @@ def backward(
             grid.put(dwrite, dws, span)
         grid.put(dq, (ungroup(dqs, Hq) + ungroup(dq_tilde, Hq)).mul_(scale), span)
         grid.put(dp, dps, span)
-        if g is not None:
-            grid.put(dg, decay.gradient(), span)
+        decays.put_gradient(dg, span, decay)
     return dq, dk, dp, dv, derase, dwrite, dg, grid.unsort(dS)

@@ -17,7 +17,7 @@ import torch
 from linnet.ops.torch._chunks import Chunks
 from linnet.ops.torch._decay import add_product_, column_sums, expand, fold, minus_product, rows_times, transposed_times
 from linnet.ops.torch._inverse import unit_lower_inverse
-from linnet.ops.torch._linear import group, initial, keep, make_decay, run_states, ungroup
+from linnet.ops.torch._linear import Decays, group, initial, keep, run_states, ungroup
 
 READ = {"exclusive": False, "strict": False}  # the query reads after the step
 ERASE = {"exclusive": True, "strict": True}  # the erased read comes before decay and write
@@ -34,12 +34,12 @@ def forward(q, e, w, p, u, g, S0, cu_seqlens, scale: float, heads: int, chunk: i
     S = initial(grid, S0, (grid.rows, heads, K, V), dtype, q.device)
     o = torch.empty(B, T, max(Hq, heads), V, dtype=u.dtype, device=u.device)
     R_all = torch.empty(B if save else 0, T, heads, V, dtype=dtype, device=u.device)
-    saved, row = grid.span_states(save, (heads, K, V), q, dtype), 0
+    saved, row, decays = grid.span_states(save, (heads, K, V), q, dtype), 0, Decays(grid, g, heads, True, dtype)
     for span in grid.spans():
         row = keep(saved, row, S[: grid.counts[span[0]]])
-        qs, es, ws, ps, us, gs = grid.takes(span, dtype, q=q, e=e, w=w, p=p, u=u, g=g)
+        qs, es, ws, ps, us = grid.takes(span, dtype, q=q, e=e, w=w, p=p, u=u)
         qs, es, us = group(qs.mul_(scale), heads), es[:, :, None], expand(us, heads)
-        decay = make_decay(gs, heads, True)
+        decay = decays.at(span)
         inverse = unit_lower_inverse(decay.pair(es, ws, **ERASE)[:, :, 0])
         reads = decay.pair(es, ps, **ERASE)[:, :, 0] @ us
         e_tilde, w_hat = decay.prefix(es, True)[:, :, 0], decay.suffix(ws).transpose(-1, -2)
@@ -66,11 +66,11 @@ def backward(do, dS, R_all, saved, q, e, w, p, u, g, cu_seqlens, scale: float, h
     dS = initial(grid, dS, (grid.rows, heads, K, u.shape[3]), dtype, q.device)
     dq, de, dw, dp, du = (torch.empty_like(x) for x in (q, e, w, p, u))
     dg = None if g is None else torch.empty(g.shape, dtype=dtype, device=g.device)
-    end = saved.shape[0]
+    end, decays = saved.shape[0], Decays(grid, g, heads, True, dtype, backward=True)
     for span in reversed(grid.spans()):
-        qs, es, ws, ps, us, R, gs, dos = grid.takes(span, dtype, q=q, e=e, w=w, p=p, u=u, R=R_all, g=g, do=do)
+        qs, es, ws, ps, us, R, dos = grid.takes(span, dtype, q=q, e=e, w=w, p=p, u=u, R=R_all, do=do)
         qs, es, us, dos = group(qs.mul_(scale), heads), es[:, :, None], expand(us, heads), group(dos, heads)
-        decay = make_decay(gs, heads, True)
+        decay = decays.at(span)
         begin = end - grid.counts[span[0]]
         S, end = saved[begin:end].clone(), begin
         A, A_w = decay.pair(qs, ps, **READ), decay.pair(qs, ws, **READ)
@@ -105,6 +105,5 @@ def backward(do, dS, R_all, saved, q, e, w, p, u, g, cu_seqlens, scale: float, h
         grid.put(dw, dw1 + dw2 + fold(dw3, w.shape[2]), span)
         grid.put(dp, dp1 + dp2 + fold(dp3, p.shape[2]), span)
         grid.put(du, fold(dus, u.shape[2]), span)
-        if g is not None:
-            grid.put(dg, decay.gradient(), span)
+        decays.put_gradient(dg, span, decay)
     return dq, de, dw, dp, du, dg, grid.unsort(dS)

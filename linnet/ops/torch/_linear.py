@@ -25,8 +25,31 @@ def ungroup(x: Tensor, heads: int) -> Tensor:
     return x.flatten(1, 2) if x.shape[1] * x.shape[2] == heads else fold(x, heads)[:, :, 0]
 
 
-def make_decay(g: Tensor | None, heads: int, exclusive: bool) -> Decay | NoDecay:
-    return NoDecay(heads) if g is None else Decay(g, heads, exclusive)
+class Decays:
+    """The decay of every span of a call. g None | [B, T, H', 1 or K].
+
+    A scalar decay is small: its tree is built once for all chunks, and its gradient once at the end; a decay per channel is built
+    span by span.
+    """
+
+    def __init__(self, grid: Chunks, g: Tensor | None, heads: int, exclusive: bool, dtype: torch.dtype, backward: bool = False):
+        self.grid, self.g, self.heads, self.dtype, self.options = grid, g, heads, dtype, (exclusive, backward)
+        self.whole = NoDecay(heads) if g is None else self._build((0, len(grid.counts))) if g.shape[3] == 1 else None
+
+    def _build(self, span: tuple[int, int]) -> Decay:
+        return Decay(self.grid.take("g", self.g, span, self.dtype), self.heads, *self.options)
+
+    def at(self, span: tuple[int, int]) -> Decay | NoDecay:
+        if isinstance(self.whole, Decay):
+            return self.whole.at(slice(self.grid.first[span[0]], self.grid.first[span[1]]))
+        return self.whole or self._build(span)
+
+    def put_gradient(self, dg: Tensor | None, span: tuple[int, int], decay: Decay | NoDecay) -> None:
+        """After the backward of a span, and of the first span last: write what is known of dg."""
+        if self.whole is None:
+            self.grid.put(dg, decay.gradient(), span)
+        elif isinstance(self.whole, Decay) and span[0] == 0:
+            self.grid.put(dg, self.whole.gradient(), (0, len(self.grid.counts)))
 
 
 def initial(grid: Chunks, S0: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -58,12 +81,11 @@ def forward(q, k, v, g, S0, cu_seqlens, scale: float, exclusive: bool, heads: in
     grid = Chunks(cu_seqlens, B, T, chunk, heads)
     S = initial(grid, S0, (grid.rows, heads, K, V), dtype, q.device)
     o = torch.empty(B, T, max(Hq, heads), V, dtype=v.dtype, device=v.device)
-    saved, row = grid.span_states(save, (heads, K, V), q, dtype), 0
+    saved, row, decays = grid.span_states(save, (heads, K, V), q, dtype), 0, Decays(grid, g, heads, exclusive, dtype)
     for span in grid.spans():
         row = keep(saved, row, S[: grid.counts[span[0]]])
-        qs, ks, vs, gs = grid.takes(span, dtype, q=q, k=k, v=v, g=g)
-        qs, vs = group(qs.mul_(scale), heads), expand(vs, heads)
-        decay = make_decay(gs, heads, exclusive)
+        qs, ks, vs = grid.takes(span, dtype, q=q, k=k, v=v)
+        qs, vs, decay = group(qs.mul_(scale), heads), expand(vs, heads), decays.at(span)
         A = decay.pair(qs, ks, exclusive=exclusive, strict=exclusive)
         starts = run_states(grid, span, S, decay, decay.suffix(ks).transpose(-1, -2) @ vs)
         out = add_product_(A.flatten(2, 3) @ vs, decay.prefix(qs, exclusive).flatten(2, 3), starts)
@@ -78,11 +100,11 @@ def backward(do, dS, saved, q, k, v, g, cu_seqlens, scale: float, exclusive: boo
     dS = initial(grid, dS, (grid.rows, heads, K, v.shape[3]), dtype, q.device)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     dg = None if g is None else torch.empty(g.shape, dtype=dtype, device=g.device)
-    end = saved.shape[0]
+    end, decays = saved.shape[0], Decays(grid, g, heads, exclusive, dtype, backward=True)
     for span in reversed(grid.spans()):
-        qs, ks, vs, gs, dos = grid.takes(span, dtype, q=q, k=k, v=v, g=g, do=do)
+        qs, ks, vs, dos = grid.takes(span, dtype, q=q, k=k, v=v, do=do)
         qs, vs, dos = group(qs.mul_(scale), heads), expand(vs, heads), group(dos, heads)
-        decay = make_decay(gs, heads, exclusive)
+        decay = decays.at(span)
         begin = end - grid.counts[span[0]]
         S, end = saved[begin:end].clone(), begin
         k_hat, q_tilde = decay.suffix(ks), decay.prefix(qs, exclusive)
@@ -102,6 +124,5 @@ def backward(do, dS, saved, q, k, v, g, cu_seqlens, scale: float, exclusive: boo
         grid.put(dq, (ungroup(dqs, Hq) + ungroup(dq_tilde, Hq)).mul_(scale), span)
         grid.put(dk, dks + fold(dk_hat, ks.shape[1]), span)
         grid.put(dv, fold(dvs, v.shape[2]), span)
-        if g is not None:
-            grid.put(dg, decay.gradient(), span)
+        decays.put_gradient(dg, span, decay)
     return dq, dk, dv, dg, grid.unsort(dS)

@@ -78,6 +78,14 @@ def state_at(p, index, d, z, D, Z, stride_d, stride_z, TR: tl.constexpr):
 
 
 @triton.jit
+def save_state(p, S, part, h, H, H_out, d, z, D, Z, stride_d, stride_z, TR: tl.constexpr):
+    """Write a tile of the final state; of the heads that share a state only the first one does."""
+    rep = H // H_out
+    at, mask = state_at(p, part * H_out + h // rep, d, z, D, Z, stride_d, stride_z, TR)
+    tl.store(at, S, mask=mask & (h % rep == 0))
+
+
+@triton.jit
 def block_range(cu, block, T, N, L: tl.constexpr, PACKED: tl.constexpr):
     """First row and length of the row of the state that owns block number `block` of L tokens, and the block's first token in it."""
     if PACKED:

@@ -18,7 +18,7 @@ Never feed a transposed 16-bit accumulator to a product here: Triton 3.4-3.7.0 m
 import triton
 import triton.language as tl
 
-from linnet.ops.triton._kernel_common import block_range, first_block, load_sums, load_tile, split_range, state_at, store_tile
+from linnet.ops.triton._kernel_common import block_range, first_block, load_sums, load_tile, save_state, split_range, state_at, store_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 RESET = tl.constexpr(-160.0)  # 2^-160 is zero in fp32: below it a decay is a reset
@@ -27,7 +27,7 @@ RESET = tl.constexpr(-160.0)  # 2^-160 is zero in fp32: below it a decay is a re
 @triton.jit
 def scalar_role(
     x, y, z, G_sum, P_sum, C_sum, o, other, weights, S_in, S_out, blocks, products, cu,
-    T, BT, chunk_count, stride_x, stride_y, stride_z, stride_other, scale, scale_in, scale_out,
+    T, BT, G_width, chunk_count, stride_x, stride_y, stride_z, stride_other, scale, scale_in, scale_out,
     H, Hx, Hy, Hz, Hg, Ho, H_in, H_out, D, Z, in_d, in_z, ND, NZ, NS,
     BD: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr, M: tl.constexpr, STAGES: tl.constexpr, TR: tl.constexpr,
     REV: tl.constexpr, EXCL: tl.constexpr, DECAY: tl.constexpr, OUT: tl.constexpr, DESC: tl.constexpr, ROWS: tl.constexpr,
@@ -72,6 +72,9 @@ def scalar_role(
     chunks = (length + C - 1) // C
     block0 = first_block(cu, n, T, C * M, PACKED) + begin // (C * M)
     total = tl.zeros([1], GT)
+    if HAS_OUT:
+        if chunks == 0:
+            save_state(S_out, S * scale_out, part, h, H, H_out, cd + d, cz + zz, D, Z, in_d, in_z, TR)
     for j in tl.range(0, chunks, num_stages=STAGES):
         c = chunks - 1 - j if REV else j
         row = row0 + c * C
@@ -80,9 +83,9 @@ def scalar_role(
         zb = load_tile(z, row, ok, stride_z, (h // (H // Hz)) * Z + cz, Z - cz, zz, DESC, ROWS, COL_Z)
         if DECAY:
             hg = h // (H // Hg)
-            G = load_sums(G_sum, hg, row, r, ok, BT, C, G_DESC)
+            G = load_sums(G_sum, hg, row, r, ok, G_width, C, G_DESC)
             if EXCL:
-                P = load_sums(P_sum, hg, row, r, ok, BT, C, G_DESC)
+                P = load_sums(P_sum, hg, row, r, ok, G_width, C, G_DESC)
             else:
                 P = G
             GC = tl.load(C_sum + hg.to(tl.int64) * chunk_count + (block0 * M + c))
@@ -166,10 +169,10 @@ def scalar_role(
             S = tl.dot(zt, yb, S, input_precision=IP)
         else:
             S = tl.dot(tl.trans(yb), zt, S, input_precision=IP)
+        if HAS_OUT:  # in the loop: a store behind it would impose its layout on the state in every iteration
+            if j == chunks - 1:
+                save_state(S_out, S * scale_out, part, h, H, H_out, cd + d, cz + zz, D, Z, in_d, in_z, TR)
     if HAS_OUT:
-        rep = H // H_out
-        at, mask = state_at(S_out, part * H_out + h // rep, cd + d, cz + zz, D, Z, in_d, in_z, TR)
-        tl.store(at, S * scale_out, mask=mask & (h % rep == 0))
         if not OUT and DECAY:
             if id == 0 and iz == 0:
                 tl.store(weights + (part * H + h) + tl.arange(0, 1), total.to(tl.float32))

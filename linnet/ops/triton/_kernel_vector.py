@@ -20,7 +20,7 @@ replaced by the exact <S, R> at the end of every block of C*M tokens.
 import triton
 import triton.language as tl
 
-from linnet.ops.triton._kernel_common import block_range, first_block, load_tile, split_range, state_at, store_tile
+from linnet.ops.triton._kernel_common import block_range, first_block, load_tile, save_state, split_range, state_at, store_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -94,6 +94,9 @@ def vector_role(
         whole = tl.zeros([BZ], tl.float32)
     running = tl.zeros([BZ], tl.float32)
     COL_G: tl.constexpr = COL_D if SIDE_KEY else COL_Z
+    if HAS_OUT:
+        if chunks == 0:
+            save_state(S_out, S * scale_out, part, h, H, H_out, cd + d, cz + zz, D, Z, in_d, in_z, True)
     for j in tl.range(0, chunks, num_stages=STAGES):
         c = chunks - 1 - j if REV else j
         row = row0 + c * C
@@ -243,10 +246,10 @@ def vector_role(
         if OUT:
             ob = tl.trans((O * scale).to(OT))
             store_tile(o, ob, id * BT + row, id.to(tl.int64) * BT + row, ok, H * Z, h * Z + cz, Z - cz, zz, STORE, ROWS, COL_Z)
+        if HAS_OUT:  # in the loop: a store behind it would impose its layout on the state in every iteration
+            if j == chunks - 1:
+                save_state(S_out, S * scale_out, part, h, H, H_out, cd + d, cz + zz, D, Z, in_d, in_z, True)
     if HAS_OUT:
-        rep = H // H_out
-        at, mask = state_at(S_out, part * H_out + h // rep, cd + d, cz + zz, D, Z, in_d, in_z, True)
-        tl.store(at, S * scale_out, mask=mask & (h % rep == 0))
         if not OUT and SIDE_KEY:
             if iz == 0:
                 tl.store(total + (part * H + h).to(tl.int64) * D + cd + d, whole * LOG2E, mask=cd + d < D)

@@ -76,12 +76,13 @@ def _role(
         )  # fmt: skip
     else:
         G, P, C_sum = _sums(call) if call.kind == "scalar" else (None, None, None)
-        G_desc = desc and G is not None and not fp32 and G.shape[1] % 4 == 0
+        G_desc = desc and t.sums and G is not None and not fp32
+        G_width = 0 if G is None else G.shape[1]
         if G_desc:
             G, P = (None if a is None else TensorDescriptor(a, list(a.shape), [a.shape[1], 1], [1, C]) for a in (G, P))
         scalar_role[grid](
             *operands, G, P, C_sum, target, other, total if x is None else weights, S_in, S_out, blocks, products, call.cu, call.T,
-            call.B * call.T, call.block_count() * M, *strides, *scales, *counts,
+            call.B * call.T, G_width, call.block_count() * M, *strides, *scales, *counts,
             TR=t.transposed, DECAY=call.kind == "scalar", GATE=weights is not None, F64=fp32, G_DESC=G_desc, STORE=store, IP=precision, **shared,
         )  # fmt: skip
     return ND, NZ
@@ -92,12 +93,13 @@ def _sums(call: Call) -> tuple[Tensor, Tensor | None, Tensor]:
     if call.sums is None:
         fp32 = call.dtype == torch.float32
         C, Hg, tokens = call.chunk("o"), call.g.shape[2], call.B * call.T
-        new = lambda: torch.empty(Hg, tokens, dtype=torch.float64 if fp32 else torch.float32, device=call.g.device)
+        width = triton.cdiv(tokens, 64) * 64 + 64  # whole boxes of the descriptor, also from the last token on
+        new = lambda: torch.empty(Hg, width, dtype=torch.float64 if fp32 else torch.float32, device=call.g.device)
         chunks = call.block_count() * (call.block // C)
         total = torch.empty(Hg, chunks, dtype=torch.float64 if fp32 else torch.float32, device=call.g.device)
         call.sums = (new(), new() if call.exclusive else None, total)
         sums_kernel[(call.block_count(), Hg)](
-            call.g, *call.sums, call.cu, call.T, tokens, call.N, call.g.stride(1), chunks, C, call.block // C, call.exclusive,
+            call.g, *call.sums, call.cu, call.T, width, call.N, call.g.stride(1), chunks, C, call.block // C, call.exclusive,
             call.cu is not None, fp32,
         )  # fmt: skip
     return call.sums

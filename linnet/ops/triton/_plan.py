@@ -12,6 +12,7 @@ from torch import Tensor
 
 from linnet.ops.triton import _table
 
+SHORT = 1024  # tokens up to which a state is kept for every chunk: cheap there, and the most accurate
 SAFE_EXPONENT = 80.0  # e^80 and e^-80 are in the range of fp32 and bf16
 
 
@@ -71,7 +72,8 @@ class Call:
     def block(self) -> int:
         """Tokens between the states that the gate's gradient uses; splits of the time are multiples of it."""
         t = self.tile("dk")
-        return t.C * t.M
+        chunk = max(t.C, self.tile("o").C)
+        return chunk if self.T <= SHORT else max(chunk, t.C * t.M)
 
     @property
     def splits(self) -> int:

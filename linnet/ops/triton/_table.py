@@ -21,6 +21,7 @@ class Tile:
     transposed: bool = True
     descriptors: bool = True
     store: bool = True
+    sums: bool = True
     BD: int = 128  # widest contraction block; wider operands are cut into several
 
 
