@@ -30,8 +30,10 @@ BOUND = -5.0  # declared by kind "vector"
 BANDWIDTH = 4.3e12  # bytes/s, measured device copy of an H200
 
 
-def make(kind: str, B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype, seed: int = 0, strength: str = "mild") -> dict[str, Any]:
-    """Operands of one call: q, k, v ~ N(0, 1), decays as a gated layer starts with (mild) or at the edge (strong, reset, constant5)."""
+def make(
+    kind: str, B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype, seed: int = 0, strength: str = "mild"
+) -> dict[str, Any]:
+    """Operands of one call: q, k, v ~ N(0, 1), decays mild (a gated layer at the start) or at the edge."""
     rng = torch.Generator(device="cuda").manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=rng, device="cuda")
     x = {"q": normal(B, T, H, K).to(dtype), "k": normal(B, T, H, K).to(dtype), "v": normal(B, T, H, V).to(dtype)}
@@ -105,14 +107,18 @@ def check(small: bool = True) -> bool:
                 if dtype == torch.float16 and T != 130:
                     continue
                 x = make(kind, 2, T, 2, K, V, dtype)
-                report(f"{str(dtype)[6:]} {kind} T{T} K{K} V{V}", compare(x, kind, state=torch.randn(2, 2, K, V, device="cuda")), limit)
+                report(
+                    f"{str(dtype)[6:]} {kind} T{T} K{K} V{V}", compare(x, kind, state=torch.randn(2, 2, K, V, device="cuda")), limit
+                )
             x = make(kind, 1, 300, 2, 64, 64, dtype)
             cu = torch.tensor([0, 0, 70, 71, 200, 200, 300], device="cuda", dtype=torch.int32)
             state = torch.randn(6, 2, 64, 64, device="cuda")
             report(f"{str(dtype)[6:]} {kind} packed", compare(x, kind, state=state, cu_seqlens=cu), limit)
             x = make(kind, 1, 2100, 1, 64, 64, dtype)
             report(f"{str(dtype)[6:]} {kind} split", compare(x, kind, state=torch.randn(1, 1, 64, 64, device="cuda")), limit)
-            report(f"{str(dtype)[6:]} {kind} read before", compare(make(kind, 2, 200, 2, 64, 64, dtype), kind, read="before"), limit)
+            report(
+                f"{str(dtype)[6:]} {kind} read before", compare(make(kind, 2, 200, 2, 64, 64, dtype), kind, read="before"), limit
+            )
     for kind in ("none", "scalar", "vector", "exact"):
         x = make(kind, 1, 4096, 2, 128, 128, torch.bfloat16)
         big = make(kind, 8, 4096, 16, 128, 128, torch.bfloat16)
@@ -177,13 +183,15 @@ def measure(kind: str, B: int, T: int, H: int, K: int, V: int, dtype: torch.dtyp
     total = median(both, graph=True)
     floors = floor_ms(kind, B, T, H, K, V)
     return dict(
-        kind=kind, B=B, T=T, H=H, K=K, V=V, forward_ms=forward, both_ms=total, eager_forward_ms=eager_forward, eager_both_ms=eager_both, forward_floor=floors[0], both_floor=floors[1],
+        kind=kind, B=B, T=T, H=H, K=K, V=V, forward_ms=forward, both_ms=total,
+        eager_forward_ms=eager_forward, eager_both_ms=eager_both, forward_floor=floors[0], both_floor=floors[1],
         peak_mib=peak / 2**20, first_call_s=first,
     )  # fmt: skip
 
 
 SHAPES = (
-    (8, 4096, 16, 128, 128), (16, 2048, 16, 128, 128), (1, 32768, 16, 128, 128), (1, 32768, 4, 128, 128), (8, 4096, 32, 64, 64), (8, 4096, 8, 256, 256),
+    (8, 4096, 16, 128, 128), (16, 2048, 16, 128, 128), (1, 32768, 16, 128, 128), (1, 32768, 4, 128, 128), (8, 4096, 32,
+    64, 64), (8, 4096, 8, 256, 256),
 )  # fmt: skip
 
 
@@ -194,11 +202,20 @@ def decode(batch: int, H: int = 16, K: int = 128, V: int = 128) -> dict[str, Any
     from triton.testing import do_bench_cudagraph
 
     with torch.no_grad():
-        ms = do_bench_cudagraph(lambda: call(x, "scalar", "triton", initial_state=S, return_state=True), rep=50, return_mode="median")
+        ms = do_bench_cudagraph(
+            lambda: call(x, "scalar", "triton", initial_state=S, return_state=True), rep=50, return_mode="median"
+        )
     return dict(batch=batch, us=ms * 1e3, share_of_bandwidth=8 * batch * H * K * V / (ms * 1e-3) / BANDWIDTH)
 
 
-def tune(kind: str, shape=SHAPES[0], roles=("o", "dq", "dk", "dv"), candidates: dict[str, list] | None = None, rep: int = 30, gate=torch.float32) -> None:
+def tune(
+    kind: str,
+    shape=SHAPES[0],
+    roles=("o", "dq", "dk", "dv"),
+    candidates: dict[str, list] | None = None,
+    rep: int = 30,
+    gate=torch.float32,
+) -> None:
     """Time every role of one kind over candidate tiles, gate's gradient included."""
     from linnet.ops.triton import _linear
     from linnet.ops.triton._plan import Call
@@ -269,8 +286,11 @@ def main() -> None:
             row = measure(kind, *shape)
             rows.append(row)
             print(
-                f"B{row['B']} T{row['T']} H{row['H']} K{row['K']} V{row['V']} {kind:9s} forward {row['forward_ms']:.3f} (floor {row['forward_floor']:.3f})  "
-                f"forward+backward {row['both_ms']:.3f} (floor {row['both_floor']:.3f})  eager {row['eager_forward_ms']:.3f} | {row['eager_both_ms']:.3f}  peak {row['peak_mib']:.0f} MiB  first call {row['first_call_s']:.1f} s",
+                f"B{row['B']} T{row['T']} H{row['H']} K{row['K']} V{row['V']} {kind:9s} "
+                f"forward {row['forward_ms']:.3f} (floor {row['forward_floor']:.3f})  "
+                f"forward+backward {row['both_ms']:.3f} (floor {row['both_floor']:.3f})  "
+                f"eager {row['eager_forward_ms']:.3f} | {row['eager_both_ms']:.3f}  "
+                f"peak {row['peak_mib']:.0f} MiB  first call {row['first_call_s']:.1f} s",
                 flush=True,
             )
     for batch in (1, 64, 256):

@@ -35,7 +35,13 @@ def operands(device, T, K=16, V=16, B=2, heads=(2, 1, 2, 1), kind="scalar", stre
     x = {"q": normal(B, T, Hq, K).to(dtype), "k": normal(B, T, Hk, K).to(dtype), "v": normal(B, T, Hv, V).to(dtype)}
     if shape is not None:
         u = torch.rand(*shape, generator=rng)
-        x["log_decay"] = torch.where(u < 0.2, -torch.inf, -u) if strength == "reset" else torch.full_like(u, -20.0) if strength == "20" else -strength * u
+        x["log_decay"] = (
+            torch.where(u < 0.2, -torch.inf, -u)
+            if strength == "reset"
+            else torch.full_like(u, -20.0)
+            if strength == "20"
+            else -strength * u
+        )
     state = normal(rows or B, max(Hk, Hv, 1 if shape is None else Hg), K, V)
     return {n: a.to(device) for n, a in x.items()}, state.to(device)
 
@@ -44,7 +50,14 @@ def values_and_gradients(x, state, backend, dtype=None, **options):
     leaves = {n: a.to(dtype or a.dtype).detach().requires_grad_() for n, a in {**x, "state": state}.items()}
     q, k, v, *g = [a for n, a in leaves.items() if n != "state"]
     o, (S, *rest) = ops.linear_attention(
-        q, k, v, *g, initial_state=leaves["state"] if "normalizer" not in options else None, return_state=True, backend=backend, **options
+        q,
+        k,
+        v,
+        *g,
+        initial_state=leaves["state"] if "normalizer" not in options else None,
+        return_state=True,
+        backend=backend,
+        **options,
     )
     if "normalizer" in options:
         leaves.pop("state")
@@ -121,7 +134,9 @@ def test_normalizer_bonus_and_gain(device):
 def test_causal_bit_for_bit_and_deterministic(device, kind, options):
     x, state = operands(device, 70, kind=kind, B=1, heads=(1, 1, 1, 1))
     t = 39
-    run = lambda y: ops.linear_attention(y["q"], y["k"], y["v"], y["log_decay"], initial_state=state, backend="triton", **options)[0]
+    run = lambda y: ops.linear_attention(y["q"], y["k"], y["v"], y["log_decay"], initial_state=state, backend="triton", **options)[
+        0
+    ]
     changed = {n: a.clone() for n, a in x.items()}
     for a in changed.values():
         a[:, t:] = -4.9 * torch.rand_like(a[:, t:])

@@ -86,8 +86,32 @@ def save_state(p, S, part, h, H, H_out, d, z, D, Z, stride_d, stride_z, TR: tl.c
 
 
 @triton.jit
+def save_block(p, S, index, cd, cz, d, z, D, Z, DESC: tl.constexpr, TR: tl.constexpr):
+    """Keep a tile of state number `index` [D, Z] in 16 bit; by descriptor it costs the fewest registers."""
+    if DESC:
+        x = S.to(p.dtype)
+        p.store([index * D + cd, cz], tl.trans(x) if TR else x)
+    else:
+        at, mask = state_at(p, index, cd + d, cz + z, D, Z, Z, 1, TR)
+        tl.store(at, S.to(p.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_block(p, index, cd, cz, d, z, D, Z, DESC: tl.constexpr, TR: tl.constexpr):
+    """A kept state's tile, [z, d] if TR."""
+    if DESC:
+        x = p.load([index * D + cd, cz])
+        if TR:
+            x = tl.trans(x)
+    else:
+        at, mask = state_at(p, index, cd + d, cz + z, D, Z, Z, 1, TR)
+        x = tl.load(at, mask=mask, other=0.0)
+    return x.to(tl.float32)
+
+
+@triton.jit
 def block_range(cu, block, T, N, L: tl.constexpr, PACKED: tl.constexpr):
-    """First row and length of the row of the state that owns block number `block` of L tokens, and the block's first token in it."""
+    """First row and length of the row of the state that owns block number `block` of L tokens, and that block's first token."""
     if PACKED:
         low = 0
         high = N

@@ -18,7 +18,18 @@ Never feed a transposed 16-bit accumulator to a product here: Triton 3.4-3.7.0 m
 import triton
 import triton.language as tl
 
-from linnet.ops.triton._kernel_common import block_range, first_block, load_sums, load_tile, save_state, split_range, state_at, store_tile
+from linnet.ops.triton._kernel_common import (
+    block_range,
+    first_block,
+    load_block,
+    load_sums,
+    load_tile,
+    save_block,
+    save_state,
+    split_range,
+    state_at,
+    store_tile,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 RESET = tl.constexpr(-160.0)  # 2^-160 is zero in fp32: below it a decay is a reset
@@ -32,7 +43,8 @@ def scalar_role(
     BD: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr, M: tl.constexpr, STAGES: tl.constexpr, TR: tl.constexpr,
     REV: tl.constexpr, EXCL: tl.constexpr, DECAY: tl.constexpr, OUT: tl.constexpr, DESC: tl.constexpr, ROWS: tl.constexpr,
     COL_D: tl.constexpr, COL_Z: tl.constexpr, PACKED: tl.constexpr, GATE: tl.constexpr, HAS_IN: tl.constexpr, FIRST: tl.constexpr,
-    HAS_OUT: tl.constexpr, BLOCKS: tl.constexpr, F64: tl.constexpr, G_DESC: tl.constexpr, STORE: tl.constexpr, IP: tl.constexpr,
+    HAS_OUT: tl.constexpr, OUT_DESC: tl.constexpr, BLOCKS: tl.constexpr, BLOCKS_DESC: tl.constexpr, F64: tl.constexpr,
+    G_DESC: tl.constexpr, STORE: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """One role. GATE: also write sum_z other * (out without s = t). BLOCKS: 1 store, 2 multiply with, the states at block ends.
 
@@ -72,7 +84,7 @@ def scalar_role(
     chunks = (length + C - 1) // C
     block0 = first_block(cu, n, T, C * M, PACKED) + begin // (C * M)
     total = tl.zeros([1], GT)
-    if HAS_OUT:
+    if HAS_OUT and not OUT_DESC:
         if chunks == 0:
             save_state(S_out, S * scale_out, part, h, H, H_out, cd + d, cz + zz, D, Z, in_d, in_z, TR)
     for j in tl.range(0, chunks, num_stages=STAGES):
@@ -116,7 +128,9 @@ def scalar_role(
                 O = O * (w_out[None, :] if TR else w_out[:, None])
             A = tl.where(keep, A, 0.0).to(DT)
             if GATE:
-                ub = load_tile(other, row, ok, stride_other, (h // (H // Ho)) * Z + cz, Z - cz, zz, DESC, ROWS, COL_Z).to(tl.float32)
+                ub = load_tile(other, row, ok, stride_other, (h // (H // Ho)) * Z + cz, Z - cz, zz, DESC, ROWS, COL_Z).to(
+                    tl.float32
+                )
                 if TR:
                     ub = tl.trans(ub)
                 wp = weights + (id * NZ + iz).to(tl.int64) * H * BT + h.to(tl.int64) * BT + row + r
@@ -124,8 +138,12 @@ def scalar_role(
                 inside = tl.zeros([C], tl.float32)
                 ends = (c + 1) % M == 0 or c == chunks - 1
                 if ends:  # what a chunk sends beyond its block may be far larger than its own pairs: weighed apart
-                    at_block, in_block = state_at(blocks, (block0 + c // M) * H + h, cd + d, cz + zz, D, Z, Z, 1, TR)
-                    SR = tl.sum(tl.sum(S * tl.load(at_block, mask=in_block, other=0.0).to(tl.float32), 1), 0) * carry
+                    SR = (
+                        tl.sum(
+                            tl.sum(S * load_block(blocks, (block0 + c // M) * H + h, cd, cz, d, zz, D, Z, BLOCKS_DESC, TR), 1), 0
+                        )
+                        * carry
+                    )
                     tl.store(products + ((block0 + c // M).to(tl.int64) * H + h) * (ND * NZ) + id * NZ + iz, SR * scale)
                     tl.store(wp + h.to(tl.int64) * 0 + ND * NZ * H * BT, tl.sum(ub * O, 0 if TR else 1) * scale, mask=ok)
                     if TR:
@@ -152,8 +170,7 @@ def scalar_role(
             store_tile(o, ob, id * BT + row, id.to(tl.int64) * BT + row, ok, H * Z, h * Z + cz, Z - cz, zz, STORE, ROWS, COL_Z)
         if BLOCKS == 1:
             if (c + 1) % M == 0 or c == chunks - 1:
-                at_block, in_block = state_at(blocks, (block0 + c // M) * H + h, cd + d, cz + zz, D, Z, Z, 1, TR)
-                tl.store(at_block, S.to(blocks.dtype.element_ty), mask=in_block)
+                save_block(blocks, S, (block0 + c // M) * H + h, cd, cz, d, zz, D, Z, BLOCKS_DESC, TR)
         if DECAY:
             w_in = w_query if REV else w_key
             if TR:
@@ -169,9 +186,13 @@ def scalar_role(
             S = tl.dot(zt, yb, S, input_precision=IP)
         else:
             S = tl.dot(tl.trans(yb), zt, S, input_precision=IP)
-        if HAS_OUT:  # in the loop: a store behind it would impose its layout on the state in every iteration
+        if HAS_OUT and not OUT_DESC:  # in the loop: a store behind it would impose its layout on the state in every iteration
             if j == chunks - 1:
                 save_state(S_out, S * scale_out, part, h, H, H_out, cd + d, cz + zz, D, Z, in_d, in_z, TR)
+    if OUT_DESC:
+        rep = H // H_out
+        if h % rep == 0:
+            S_out.store([(part * H_out + h // rep) * D + cd, cz], tl.trans(S * scale_out) if TR else S * scale_out)
     if HAS_OUT:
         if not OUT and DECAY:
             if id == 0 and iz == 0:
@@ -180,9 +201,10 @@ def scalar_role(
 
 @triton.jit
 def sums_kernel(
-    g, G_sum, P_sum, C_sum, cu, T, BT, N, stride_g, chunk_count, C: tl.constexpr, M: tl.constexpr, EXCL: tl.constexpr, PACKED: tl.constexpr, F64: tl.constexpr
+    g, G_sum, P_sum, C_sum, cu, T, BT, N, stride_g, chunk_count, C: tl.constexpr, M: tl.constexpr, EXCL: tl.constexpr,
+    PACKED: tl.constexpr, F64: tl.constexpr
 ):  # fmt: skip
-    """Sums of log-decays from the start of every chunk, base 2: through the token (G) and before it (P), [Hg, B*T], and over every chunk [Hg, blocks*M]."""
+    """Base-2 sums of log-decays from the start of every chunk, through the token (G) and before it (P), and over every chunk."""
     block = tl.program_id(0)
     h = tl.program_id(1)
     first, length, begin = block_range(cu, block, T, N, C * M, PACKED)
@@ -201,12 +223,28 @@ def sums_kernel(
 
 @triton.jit
 def gate_kernel(
-    query, key, products, dg, cu, T, BT, N, H, Hg, NQ, NK, L: tl.constexpr, C: tl.constexpr, EXCL: tl.constexpr, PACKED: tl.constexpr
+    query,
+    key,
+    products,
+    dg,
+    cu,
+    T,
+    BT,
+    N,
+    H,
+    Hg,
+    NQ,
+    NK,
+    L: tl.constexpr,
+    C: tl.constexpr,
+    EXCL: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """dg [B*T, Hg] from partial sums: query [NQ, H, B*T], key [2, NK, H, B*T], products.
 
     dg_t = product of the states around the block's last chunk + sum of what tokens before t in that chunk send beyond it
-           + sum_{t' >= t} (q.dq - k.dk)_{t'}, without what the block's last chunk sends beyond it (that is key[1]): no large terms cancel.
+           + sum_{t' >= t} (q.dq - k.dk)_{t'}, without what the last chunk sends beyond the block (that is key[1]): no
+    large terms cancel.
     """
     block = tl.program_id(0)
     hg = tl.program_id(1)
@@ -246,7 +284,8 @@ def join_kernel(
 ):  # fmt: skip
     """States at the starts of NS splits from their local sums: start_{i+1} = decay_i start_i + local_i (REV: from the last split).
 
-    local, start [rows*NS, H, K, V]; decay [rows*NS, Hd, GROUPS] in base-2 logarithms (GROUPS 1 or K); S_in [rows, H_in, K, V] or none; final [rows, H, K, V].
+    local, start [rows*NS, H, K, V]; decay [rows*NS, Hd, 1 or K] in base-2 logarithms;
+    S_in [rows, H_in, K, V] or none; final [rows, H, K, V].
     """
     iv = tl.program_id(0)
     h = tl.program_id(1) % H

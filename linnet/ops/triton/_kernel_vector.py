@@ -13,14 +13,24 @@ Not FRAME: any decay. Halving: the pairs (t, s) whose smallest common aligned bl
     depend on the state: `pairs_kernel` forms them for all chunks at once, o and dv read the same [C, C] tiles.
 
 Gate (dk role, GATE): dg_t = D_end + sum_{t' >= t} (q.dq - k.dk)_{t'} per channel. Inside a chunk both products are formed here from
-the same rounded factors, so that the pairs which should cancel do; q.dq through the state comes from the dq role (`inter`); D_end is
+the same rounded factors, so that pairs which should cancel do; q.dq through the state comes from the dq role (`inter`); D_end is
 replaced by the exact <S, R> at the end of every block of C*M tokens.
 """
 
 import triton
 import triton.language as tl
 
-from linnet.ops.triton._kernel_common import block_range, first_block, load_tile, save_state, split_range, state_at, store_tile
+from linnet.ops.triton._kernel_common import (
+    block_range,
+    first_block,
+    load_block,
+    load_tile,
+    save_block,
+    save_state,
+    split_range,
+    state_at,
+    store_tile,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -50,9 +60,11 @@ def vector_role(
     T, BT, stride_x, stride_y, stride_z, stride_g, stride_other, scale, scale_in, scale_out, floor,
     H, Hx, Hy, Hz, Hg, Ho, H_in, H_out, D, Z, in_d, in_z, ND, NZ, NS,
     BD: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr, M: tl.constexpr, STAGES: tl.constexpr,
-    SIDE_KEY: tl.constexpr, FRAME: tl.constexpr, REV: tl.constexpr, EXCL: tl.constexpr, OUT: tl.constexpr, DESC: tl.constexpr, ROWS: tl.constexpr,
+    SIDE_KEY: tl.constexpr, FRAME: tl.constexpr, REV: tl.constexpr, EXCL: tl.constexpr, OUT: tl.constexpr,
+    DESC: tl.constexpr, ROWS: tl.constexpr,
     COL_D: tl.constexpr, COL_Z: tl.constexpr, PACKED: tl.constexpr, GATE: tl.constexpr, HAS_IN: tl.constexpr, FIRST: tl.constexpr,
-    HAS_OUT: tl.constexpr, BLOCKS: tl.constexpr, SPLIT: tl.constexpr, STORE: tl.constexpr, IP: tl.constexpr,
+    HAS_OUT: tl.constexpr, OUT_DESC: tl.constexpr, BLOCKS: tl.constexpr, BLOCKS_DESC: tl.constexpr,
+    SPLIT: tl.constexpr, STORE: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """One role; arguments as in `scalar_role`. GATE: 1 write `inter` (dq role), 2 read it and write dg (dk role)."""
     pid = tl.program_id(0)
@@ -94,7 +106,7 @@ def vector_role(
         whole = tl.zeros([BZ], tl.float32)
     running = tl.zeros([BZ], tl.float32)
     COL_G: tl.constexpr = COL_D if SIDE_KEY else COL_Z
-    if HAS_OUT:
+    if HAS_OUT and not OUT_DESC:
         if chunks == 0:
             save_state(S_out, S * scale_out, part, h, H, H_out, cd + d, cz + zz, D, Z, in_d, in_z, True)
     for j in tl.range(0, chunks, num_stages=STAGES):
@@ -181,7 +193,9 @@ def vector_role(
                 tl.store(inter + at_z, (O * scale).to(inter.dtype.element_ty), mask=inside)
             if GATE == 2:
                 kt = tl.trans(load_tile(other, row, ok, stride_other, (h // (H // Ho)) * Z + cz, Z - cz, zz, DESC, ROWS, COL_Z))
-                through = tl.trans(load_tile(inter, id * BT + row, ok, H * Z, h * Z + cz, Z - cz, zz, DESC, ROWS, COL_Z)).to(tl.float32)
+                through = tl.trans(load_tile(inter, id * BT + row, ok, H * Z, h * Z + cz, Z - cz, zz, DESC, ROWS, COL_Z)).to(
+                    tl.float32
+                )
                 through = zt.to(tl.float32) * through
                 own_k = kt.to(tl.float32) * O * scale
                 Q = tl.where((ci > ri), tl.dot(xb, tl.trans(yb), input_precision=IP), 0.0)  # the same products, [out, in]
@@ -220,8 +234,7 @@ def vector_role(
                 O += own[None, :] * zt.to(tl.float32)
             if BLOCKS == 1:
                 if (c + 1) % M == 0 or c == chunks - 1:
-                    at_block, in_block = state_at(blocks, (block0 + c // M) * H + h, cd + d, cz + zz, D, Z, Z, 1, True)
-                    tl.store(at_block, S.to(blocks.dtype.element_ty), mask=in_block)
+                    save_block(blocks, S, (block0 + c // M) * H + h, cd, cz, d, zz, D, Z, BLOCKS_DESC, True)
             if GATE == 2:
                 tail = (ri >= ci).to(BF)
                 if EXCL:
@@ -230,8 +243,11 @@ def vector_role(
                 else:
                     w = through + (wq - wk) * scale
                 if (c + 1) % M == 0 or c == chunks - 1:  # what a chunk sends beyond its block counts from the tokens before t
-                    at_block, in_block = state_at(blocks, (block0 + c // M) * H + h, cd + d, cz + zz, D, Z, Z, 1, True)
-                    running = tl.sum(S * tl.load(at_block, mask=in_block, other=0.0).to(tl.float32), 1) * scale * tl.sum(dec, 1)
+                    running = (
+                        tl.sum(S * load_block(blocks, (block0 + c // M) * H + h, cd, cz, d, zz, D, Z, BLOCKS_DESC, True), 1)
+                        * scale
+                        * tl.sum(dec, 1)
+                    )
                     R = selected(own_k, (ri < ci).to(BF), running, BF, IP)
                 else:
                     w = w - own_k
@@ -246,9 +262,13 @@ def vector_role(
         if OUT:
             ob = tl.trans((O * scale).to(OT))
             store_tile(o, ob, id * BT + row, id.to(tl.int64) * BT + row, ok, H * Z, h * Z + cz, Z - cz, zz, STORE, ROWS, COL_Z)
-        if HAS_OUT:  # in the loop: a store behind it would impose its layout on the state in every iteration
+        if HAS_OUT and not OUT_DESC:  # in the loop: a store behind it would impose its layout on the state in every iteration
             if j == chunks - 1:
                 save_state(S_out, S * scale_out, part, h, H, H_out, cd + d, cz + zz, D, Z, in_d, in_z, True)
+    if OUT_DESC:
+        rep = H // H_out
+        if h % rep == 0:
+            S_out.store([(part * H_out + h // rep) * D + cd, cz], tl.trans(S * scale_out))
     if HAS_OUT:
         if not OUT and SIDE_KEY:
             if iz == 0:

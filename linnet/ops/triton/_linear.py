@@ -53,13 +53,19 @@ def _role(
             inter = TensorDescriptor(inter, [inter.shape[0] * tokens, H * Z], [H * Z, 1], [C, BZ])
     store = desc and t.store and out is not None and not rows and out.dtype != torch.float32
     target = TensorDescriptor(out, [out.shape[0] * call.B * call.T, H * Z], [H * Z, 1], [C, BZ]) if store else out
+    flat = lambda a: TensorDescriptor(a, [a.numel() // Z, Z], [Z, 1], [BD, BZ])  # states of a role as rows of Z columns
+    out_desc = desc and S_out is not None
+    H_out = H if S_out is None else S_out.shape[1]
+    S_target = flat(S_out) if out_desc else S_out
+    blocks_desc = desc and blocks is not None and (vector or role == "dk")  # the scalar dq role has no shared memory to spare
+    kept = 0 if blocks is None else 2 if role == "dk" else 1
+    blocks = flat(blocks) if blocks_desc else blocks
     in_d, in_z = (Z, 1) if key_side else (1, D)
     H_in = 1 if S_in is None else S_in.shape[1]
-    H_out = H if S_out is None else S_out.shape[1]
     shared = dict(
         BD=BD, BZ=BZ, C=C, M=M, STAGES=t.stages, REV=reverse, EXCL=call.exclusive, OUT=x is not None, DESC=desc, ROWS=rows,
         COL_D=D % BD != 0, COL_Z=Z % BZ != 0, PACKED=call.cu is not None, HAS_IN=S_in is not None, FIRST=first,
-        HAS_OUT=S_out is not None, BLOCKS=0 if blocks is None else 2 if role == "dk" else 1, num_warps=t.warps,
+        HAS_OUT=S_out is not None, OUT_DESC=out_desc, BLOCKS=kept, BLOCKS_DESC=blocks_desc, num_warps=t.warps,
     )  # fmt: skip
     sizes = (call.T, call.B * call.T, *strides)
     scales = (stride_other, call.scale, scale_in, scale_out)
@@ -70,20 +76,25 @@ def _role(
     if vector:
         pairs = _pairs(call, *((x, y) if role == "o" else (y, x))) if key_side and x is not None and not call.frame else None
         vector_role[grid](
-            *operands, g, pairs, target, other, inter, dg, S_in, S_out, blocks, total, call.cu, *sizes, stride_g, *scales, call.floor, *counts,
-            FRAME=call.frame > 0, SIDE_KEY=key_side, GATE=0 if inter is None else 2 if role == "dk" else 1, SPLIT=not fp32 and call.g.dtype == torch.float32,
+            *operands, g, pairs, target, other, inter, dg, S_in, S_target, blocks, total, call.cu, *sizes, stride_g,
+            *scales, call.floor, *counts,
+            FRAME=call.frame > 0, SIDE_KEY=key_side, GATE=0 if inter is None else 2 if role == "dk" else 1,
+            SPLIT=not fp32 and call.g.dtype == torch.float32,
             STORE=store, IP=precision, **shared,
         )  # fmt: skip
     else:
         G, P, C_sum = _sums(call) if call.kind == "scalar" else (None, None, None)
-        G_desc = desc and t.sums and G is not None and not fp32
+        # a box may only start at a multiple of 16 bytes: not at any row of a packed or oddly long sequence
+        G_desc = desc and t.sums and G is not None and not fp32 and call.cu is None and call.T % 4 == 0
         G_width = 0 if G is None else G.shape[1]
         if G_desc:
             G, P = (None if a is None else TensorDescriptor(a, list(a.shape), [a.shape[1], 1], [1, C]) for a in (G, P))
         scalar_role[grid](
-            *operands, G, P, C_sum, target, other, total if x is None else weights, S_in, S_out, blocks, products, call.cu, call.T,
+            *operands, G, P, C_sum, target, other, total if x is None else weights, S_in, S_target, blocks, products,
+            call.cu, call.T,
             call.B * call.T, G_width, call.block_count() * M, *strides, *scales, *counts,
-            TR=t.transposed, DECAY=call.kind == "scalar", GATE=weights is not None, F64=fp32, G_DESC=G_desc, STORE=store, IP=precision, **shared,
+            TR=t.transposed, DECAY=call.kind == "scalar", GATE=weights is not None, F64=fp32, G_DESC=G_desc,
+            STORE=store, IP=precision, **shared,
         )  # fmt: skip
     return ND, NZ
 
@@ -93,7 +104,7 @@ def _sums(call: Call) -> tuple[Tensor, Tensor | None, Tensor]:
     if call.sums is None:
         fp32 = call.dtype == torch.float32
         C, Hg, tokens = call.chunk("o"), call.g.shape[2], call.B * call.T
-        width = triton.cdiv(tokens, 64) * 64 + 64  # whole boxes of the descriptor, also from the last token on
+        width = triton.cdiv(tokens, 4) * 4
         new = lambda: torch.empty(Hg, width, dtype=torch.float64 if fp32 else torch.float32, device=call.g.device)
         chunks = call.block_count() * (call.block // C)
         total = torch.empty(Hg, chunks, dtype=torch.float64 if fp32 else torch.float32, device=call.g.device)
@@ -209,7 +220,8 @@ def backward(do, dS, start, q, k, v, g, S0, cu, scale: float, exclusive: bool, h
     elif gate:
         dg = new(call.B, call.T, g.shape[2], 1)
         gate_kernel[(NB, g.shape[2])](
-            query, key, products, dg, cu, call.T, call.B * call.T, call.N, H, g.shape[2], NQ, NK, call.block, call.chunk("dk"), exclusive,
+            query, key, products, dg, cu, call.T, call.B * call.T, call.N, H, g.shape[2], NQ, NK, call.block,
+            call.chunk("dk"), exclusive,
             cu is not None,
         )  # fmt: skip
     if H != heads:
@@ -231,6 +243,7 @@ def step(q, k, v, g, S0, scale: float, exclusive: bool, heads: int):
     step_kernel[(triton.cdiv(V, BV), B * heads)](
         q, k, v, g, S0, S, o, q.stride(0), k.stride(0), v.stride(0), 0 if g is None else g.stride(0), scale,
         heads, H, Hq, k.shape[2], v.shape[2], 1 if g is None else g.shape[2], K, V,
-        BK=BK, BV=BV, DECAY=g is not None, VECTOR=g is not None and g.shape[3] > 1, EXCL=exclusive, HAS_IN=S0 is not None, num_warps=4,
+        BK=BK, BV=BV, DECAY=g is not None,
+        VECTOR=g is not None and g.shape[3] > 1, EXCL=exclusive, HAS_IN=S0 is not None, num_warps=4,
     )  # fmt: skip
     return o, S

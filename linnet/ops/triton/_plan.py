@@ -46,7 +46,17 @@ def frame_rows(kind: str, dtype: torch.dtype, bound: float | None) -> int:
 class Call:
     """What all roles of one call share."""
 
-    def __init__(self, q: Tensor, v: Tensor, g: Tensor | None, cu: Tensor | None, scale: float, exclusive: bool, heads: int, bound: float | None):
+    def __init__(
+        self,
+        q: Tensor,
+        v: Tensor,
+        g: Tensor | None,
+        cu: Tensor | None,
+        scale: float,
+        exclusive: bool,
+        heads: int,
+        bound: float | None,
+    ):
         self.B, self.T = q.shape[:2]
         self.K, self.V = q.shape[3], v.shape[3]
         self.N = self.B if cu is None else cu.shape[0] - 1

@@ -11,7 +11,11 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Tile:
-    """C tokens a chunk, BZ columns a program, M chunks a block of the gate's gradient, frame rows (vector decay)."""
+    """C tokens a chunk, BZ columns a program, M chunks a block of the gate's gradient.
+
+    transposed: the state is the register operand; descriptors, store, sums: operands, outputs, prepared sums through the bulk
+    copy engine. BD: widest contraction block; wider operands are cut into several.
+    """
 
     C: int = 64
     BZ: int = 64
@@ -22,7 +26,7 @@ class Tile:
     descriptors: bool = True
     store: bool = True
     sums: bool = True
-    BD: int = 128  # widest contraction block; wider operands are cut into several
+    BD: int = 128
 
 
 NONE = {role: Tile(stages=4, M=4, store=False) for role in ("o", "dq", "dk", "dv")}
@@ -33,9 +37,19 @@ SCALAR = {
     "dv": Tile(M=4),
 }
 VECTOR = {role: Tile(C=16, M=4, stages=3) for role in ("o", "dq", "dk", "dv")}
-EXACT = {"o": Tile(C=32, M=2, stages=3), "dq": Tile(C=16, M=4, stages=3), "dk": Tile(C=16, M=4, stages=3), "dv": Tile(C=32, M=2, stages=3)}
+EXACT = {
+    "o": Tile(C=32, M=2, stages=3),
+    "dq": Tile(C=16, M=4, stages=3),
+    "dk": Tile(C=16, M=4, stages=3),
+    "dv": Tile(C=32, M=2, stages=3),
+}
 PAIR_WARPS = 2
-FP32 = {"none": Tile(C=32, BZ=32, M=4, stages=1), "scalar": Tile(C=32, BZ=32, M=4, stages=1), "vector": Tile(C=16, BZ=32, M=8, stages=1), "exact": Tile(C=16, BZ=32, M=8, stages=1)}
+FP32 = {
+    "none": Tile(C=32, BZ=32, M=4, stages=1),
+    "scalar": Tile(C=32, BZ=32, M=4, stages=1),
+    "vector": Tile(C=16, BZ=32, M=8, stages=1),
+    "exact": Tile(C=16, BZ=32, M=8, stages=1),
+}
 TABLE = {"sm90": {"none": NONE, "scalar": SCALAR, "vector": VECTOR, "exact": EXACT}}
 DEFAULT_ARCHITECTURE = "sm90"
 

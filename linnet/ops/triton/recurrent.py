@@ -82,9 +82,7 @@ def linear_backward_op(
     do: Tensor, dS: Tensor | None, start: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, S0: Tensor | None,
     cu_seqlens: Tensor | None, scale: float, exclusive: bool, heads: int, bound: float | None, need_dg: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dq, dk, dv, dg, dS0 = _kernels().backward(
-        do, dS, start, q, k, v, g, S0, cu_seqlens, scale, exclusive, heads, bound, need_dg
-    )
+    dq, dk, dv, dg, dS0 = _kernels().backward(do, dS, start, q, k, v, g, S0, cu_seqlens, scale, exclusive, heads, bound, need_dg)
     return dq, dk, dv, q.new_empty(0) if dg is None else dg, dS0
 
 
