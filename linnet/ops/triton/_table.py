@@ -65,5 +65,5 @@ def tile(architecture: str, kind: str, role: str, element_size: int) -> Tile:
 
 def splits(programs: int, tokens: int, unit: int, processors: int) -> int:
     """Into how many parts the time of a sequence is cut so that `programs` programs fill the processors; exact for any number."""
-    wanted = -(-2 * processors // max(programs, 1))
+    wanted = 2 * processors // max(programs, 1)  # two programs a processor; one split more would cost its pass over the operands
     return max(1, min(wanted, tokens // (4 * unit))) if wanted > 1 else 1
