@@ -170,7 +170,7 @@ def plot(results: dict, lengths: list[int], path: Path) -> None:
         ax.minorticks_off()
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("microseconds per token")
-    axes[1].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
