@@ -40,7 +40,7 @@ $(VENV)/.docs: $(VENV)/.torch pyproject.toml
 
 quickstart: $(VENV)/.train
 	$(BIN)/linnet train --recipe quickstart --minutes $(MINUTES) --out $(OUT)
-	$(BIN)/linnet generate $(OUT) --prompt 'def main(' --max-new-tokens 200
+	$(BIN)/linnet generate $(OUT) --prompt 'def main(' --max-tokens 200
 
 test: $(VENV)/.dev $(TRITON)
 	$(BIN)/ruff check .
