@@ -15,7 +15,6 @@ import linnet.ops as ops
 from linnet.ops.triton import _table
 
 FP32, BF16 = 2e-5, 5e-3
-HALF_LIMITS = {"dlog_decay": 8e-3}  # per channel: sums of products of three rounded factors, see docs/kernels.md
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -71,8 +70,10 @@ def assert_is_the_recurrence(x, state, limit=FP32, **options):
     got = values_and_gradients(x, state, "triton", **options)
     want = values_and_gradients(x, state, "torch", torch.float64, **options)
     for name, value in got.items():
-        allowed = max(limit, HALF_LIMITS.get(name, 0) if limit == BF16 and x.get("log_decay", state).ndim == 4 else 0)
-        assert error(value, want[name]) < allowed, f"{name}: {error(value, want[name]):.1e}"
+        miss = error(value, want[name])
+        if limit == BF16 and name == "dlog_decay" and x["log_decay"].ndim == 4 and limit <= miss < 8e-3:
+            pytest.xfail(f"known miss, docs/kernels.md: gradient of a 16-bit per-channel decay {miss:.1e}, goal {limit:.0e}")
+        assert miss < limit, f"{name}: {miss:.1e}"
 
 
 @pytest.mark.parametrize(
