@@ -103,7 +103,6 @@ def calls(draw, ops_=OPS, packed=None, lengths=LENGTHS, decay_scale=None, dtype=
             g = g * (torch.rand(*shape, generator=rng) > 0.3)
         tensors["log_decay"] = g
         state_heads.append(heads["g"])
-    extra_state = []
     if op == "linear_attention":
         options["read"] = draw(st.sampled_from(["after", "before"]))
         options["normalizer"] = draw(st.sampled_from([None, "sum", "floor"]))
@@ -160,5 +159,5 @@ def calls(draw, ops_=OPS, packed=None, lengths=LENGTHS, decay_scale=None, dtype=
         if "log_gain" in tensors:
             m = normal(rows, Hs)
             state.append(m if options["normalizer"] else -m.abs())
-        state = tuple(state + extra_state)
+        state = tuple(state)
     return Call(op, tensors, options, state, n, cu, per_step)

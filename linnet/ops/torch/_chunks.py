@@ -20,6 +20,11 @@ def power_of_two(x: int) -> int:
     return 1 << max(x - 1, 0).bit_length()
 
 
+def span_width(rows: int, heads: int) -> int:
+    """Waves of one span: about 64 chunks of one head, the fastest on the CPU, and at most 16 waves."""
+    return max(1, min(16, 64 // max(1, rows * heads)))
+
+
 class Chunks:
     """The chunk grid of one call. Reads `cu_seqlens` on the host."""
 
@@ -53,7 +58,7 @@ class Chunks:
         for count in self.counts:
             self.first.append(self.first[-1] + count)
         self._buffers: dict[str, Tensor] = {}
-        self._per_span = max(1, min(16, 64 // max(1, heads * self.counts[0] if self.counts else 1)))
+        self._per_span = span_width(self.counts[0] if self.counts else 1, heads)
 
     def spans(self) -> list[tuple[int, int]]:
         """Runs of waves (first, end): enough chunks for efficient batched products, few enough to stay in the cache."""

@@ -15,6 +15,7 @@ from linnet.ops._autograd import refuse_double_backward
 from linnet.ops._dispatch import implements
 from linnet.ops._shapes import expand_heads
 from linnet.ops.torch import _delta, _dplr, _linear
+from linnet.ops.torch._chunks import span_width
 
 CHUNK = {"linear_attention": 64, "delta_rule": 64, "dplr": 64}  # measured on the CPU with `linnet bench cpu`
 
@@ -33,8 +34,7 @@ def _span_rows(cu_seqlens, batch, tokens, heads, chunk, save):
     if cu_seqlens is not None:
         return torch.library.get_ctx().new_dynamic_size()
     waves = -(-tokens // chunk)
-    width = max(1, min(16, 64 // max(1, heads * batch)))
-    return -(-waves // width) * batch
+    return -(-waves // span_width(batch, heads)) * batch
 
 
 def _state_rows(cu_seqlens, batch):

@@ -60,7 +60,7 @@ def tile(architecture: str, kind: str, role: str, element_size: int) -> Tile:
         chosen = FP32[kind]
     else:
         chosen = TABLE.get(architecture, TABLE[DEFAULT_ARCHITECTURE])[kind][role]
-    return replace(chosen, descriptors=False) if architecture < "sm90" else chosen
+    return replace(chosen, descriptors=False) if int(architecture.removeprefix("sm")) < 90 else chosen  # sm100 is newer
 
 
 def splits(programs: int, tokens: int, unit: int, processors: int) -> int:
