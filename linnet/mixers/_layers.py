@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +17,12 @@ from torch import Tensor, nn
 from linnet import ops
 from linnet.feature_maps import FEATURE_MAPS
 from linnet.mixers._base import Context
+from linnet.mixers._options import refuse
 
 ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 
 # ---- options -------------------------------------------------------------------------------------------------------------
-
-
-def refuse(mixer: str, option: str, expected: str, came: object) -> NoReturn:
-    raise ValueError(f"{mixer}: option '{option}' must be {expected}; got {came!r}")
 
 
 def check_positive(mixer: str, **options: Any) -> None:

@@ -9,6 +9,7 @@ import pkgutil
 from typing import Any
 
 from linnet.mixers._base import Mixer
+from linnet.mixers._options import describe
 
 _registry: dict[str, type[Mixer]] = {}
 
@@ -26,6 +27,7 @@ def register_mixer(name: str):
                 f"register_mixer: {cls.__name__}.Config must be a frozen dataclass; got {getattr(cls, 'Config', None)!r}"
             )
         cls.name = name
+        describe(cls.Config)
         _registry[name] = cls
         return cls
 

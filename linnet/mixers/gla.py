@@ -9,49 +9,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linnet import ops
-from linnet.feature_maps import get_feature_map
+from linnet.feature_maps import FEATURE_MAPS, get_feature_map
 from linnet.mixers import _layers as L
 from linnet.mixers._base import Context, Mixer, State, StateSpec
+from linnet.mixers._options import MixerConfig, choice, flag, number, size
 from linnet.mixers._registry import register_mixer
 
 
 @dataclass(frozen=True)
-class GLAConfig:
-    """Options of `gla`.
+class GLAConfig(MixerConfig, mixer="gla"):
+    heads: int = size(4, "query heads")
+    kv_heads: int | None = size(None, "heads of k, v and the decay, a divisor of `heads` (None: `heads`)")
+    expand_k: float = number(0.5, "key width over d_model", above=0)
+    expand_v: float = number(1.0, "value width over d_model", above=0)
+    gate_rank: int = size(16, "rank of the decay projection")
+    temperature: float = number(16.0, "tau: the log-decay is logsigmoid(.) / tau", above=0)
+    decay_min: float | None = number(None, "clamp of the log-decay from below (None: not clamped)", below=0)
+    allow_neg_eigval: bool = flag(False, "2 alpha - 1 in (-1, 1) in place of alpha (Grazzi et al. 2024, arXiv 2411.12537)")
+    feature_map: str = choice("identity", "feature map of q and k", *FEATURE_MAPS)
+    conv_size: int | None = size(None, "width of a short convolution on q, k, v (None: none)")
+    norm_eps: float = number(1e-5, "epsilon of the norm", above=0)
 
-    kv_heads: heads of k, v and the decay, a divisor of `heads` (None: `heads`).
-    expand_k, expand_v: key and value width over d_model. gate_rank: rank of the decay projection.
-    temperature: tau, the log-decay is logsigmoid(.) / tau. decay_min: clamp the log-decay from below (None: not clamped).
-    allow_neg_eigval: alpha in (-1, 1), 2 alpha - 1 in place of alpha (Grazzi et al. 2024, arXiv 2411.12537).
-    feature_map: of q and k ("identity", "elu+1", "relu", "silu"). conv_size: width of a short convolution on q, k, v (None: none).
-    """
-
-    d_model: int
-    heads: int = 4
-    kv_heads: int | None = None
-    expand_k: float = 0.5
-    expand_v: float = 1.0
-    gate_rank: int = 16
-    temperature: float = 16.0
-    decay_min: float | None = None
-    allow_neg_eigval: bool = False
-    feature_map: str = "identity"
-    conv_size: int | None = None
-    norm_eps: float = 1e-5
-
-    def __post_init__(self):
-        sizes = {"d_model": self.d_model, "heads": self.heads, "kv_heads": self.kv_heads}
-        L.check_positive("gla", **sizes, gate_rank=self.gate_rank, conv_size=self.conv_size)
-        L.check_number(
-            "gla", 0, expand_k=self.expand_k, expand_v=self.expand_v, temperature=self.temperature, norm_eps=self.norm_eps
-        )
-        L.check_number("gla", float("-inf"), 0, decay_min=self.decay_min)
-        L.check_feature_map("gla", feature_map=self.feature_map)
-        L.check_choice("gla", (True, False), allow_neg_eigval=self.allow_neg_eigval)
+    def check(self) -> None:
         if self.heads % self.groups:
-            L.refuse("gla", "kv_heads", f"a divisor of heads = {self.heads}", self.kv_heads)
-        L.divided("gla", "expand_k", self.d_model * self.expand_k, self.heads)
-        L.divided("gla", "expand_v", self.d_model * self.expand_v, self.heads)
+            self.refuse("kv_heads", f"a divisor of heads = {self.heads}")
+        self.divide("expand_k", self.d_model * self.expand_k, self.heads)
+        self.divide("expand_v", self.d_model * self.expand_v, self.heads)
 
     @property
     def groups(self) -> int:
