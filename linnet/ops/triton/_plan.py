@@ -13,6 +13,7 @@ from torch import Tensor
 from linnet.ops.triton import _table
 
 SHORT = 1024  # tokens up to which a state is kept for every chunk: cheap there, and the most accurate
+WIDEST = 128  # key and value channels per head up to which the tiles of the delta rule were checked
 SAFE_EXPONENT = 80.0  # e^80 and e^-80 are in the range of fp32 and bf16
 
 
@@ -92,3 +93,39 @@ class Call:
 
     def block_count(self) -> int:
         return self.T // self.block + self.N if self.cu is not None else self.N * -(-self.T // self.block)
+
+
+class DeltaCall:
+    """What the kernels of one call of the delta rule share."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor | None, p: Tensor, v: Tensor, g: Tensor | None, cu: Tensor | None, scale: float, before: bool,
+        exclusive: bool, heads: int, bound: float | None,
+    ):  # fmt: skip
+        self.B, self.T = q.shape[:2]
+        self.K, self.V = q.shape[3], v.shape[3]
+        self.N = self.B if cu is None else cu.shape[0] - 1
+        self.heads, self.H = heads, max(q.shape[2], heads)
+        self.cu, self.scale, self.before, self.exclusive = cu, scale, before, exclusive
+        self.kind = "none" if g is None else "scalar" if g.shape[3] == 1 else "vector"
+        self.dtype = q.dtype
+        self.frame = frame_rows(self.kind, q.dtype, bound)
+        self.floor = -SAFE_EXPONENT / self.frame if self.frame else -200.0
+        self.precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
+        self.architecture, self.processors = facts(q)
+        self.C = self.tile("forward").C
+        self.chunks = self.T // self.C + self.N if cu is not None else self.N * -(-self.T // self.C)
+        self.ragged = cu is not None or self.T % self.C != 0
+
+    def tile(self, part: str) -> _table.DeltaTile:
+        kind = "vector" if self.kind == "vector" else "scalar"
+        return _table.delta_tile(self.architecture, kind, part, self.dtype.itemsize)
+
+    def triton_dtype(self, language):
+        return language.float32 if self.dtype == torch.float32 else language.bfloat16
+
+    @property
+    def splits(self) -> int:
+        t = self.tile("forward")
+        programs = self.N * self.H * -(-self.V // t.BV) * (t.warps // 4)  # as many as of four warps
+        return _table.splits(programs, self.T, 2 * self.C, self.processors)

@@ -50,6 +50,34 @@ FP32 = {
     "vector": Tile(C=16, BZ=32, M=8, stages=1),
     "exact": Tile(C=16, BZ=32, M=8, stages=1),
 }
+
+
+@dataclass(frozen=True)
+class DeltaTile:
+    """The delta rule on chunks of C tokens. BV, BD: columns of values and keys a program; 16-bit type of the inverse's products."""
+
+    C: int = 64
+    BV: int = 64
+    BD: int = 128
+    warps: int = 4
+    stages: int = 2
+    descriptors: bool = True
+    inverse: str = "float16"
+    registers: int | None = None  # most registers a thread, so that more programs fit a processor
+
+
+SWEEP = DeltaTile(BV=128, warps=8)
+DELTA = {
+    "scalar": {
+        "prepare": DeltaTile(registers=128),
+        "forward": SWEEP,
+        "backward": SWEEP,
+        "gradients": DeltaTile(BD=64, registers=168),
+    },
+    "vector": {"prepare": DeltaTile(BD=32), "forward": SWEEP, "backward": SWEEP, "gradients": DeltaTile(BD=64)},
+}
+DELTA_FP32 = DeltaTile(C=32, BV=32, BD=64, warps=4, stages=1, descriptors=False, inverse="float32")
+DELTA_TABLE = {"sm90": DELTA}
 TABLE = {"sm90": {"none": NONE, "scalar": SCALAR, "vector": VECTOR, "exact": EXACT}}
 DEFAULT_ARCHITECTURE = "sm90"
 
@@ -61,6 +89,14 @@ def tile(architecture: str, kind: str, role: str, element_size: int) -> Tile:
     else:
         chosen = TABLE.get(architecture, TABLE[DEFAULT_ARCHITECTURE])[kind][role]
     return replace(chosen, descriptors=False) if int(architecture.removeprefix("sm")) < 90 else chosen  # sm100 is newer
+
+
+def delta_tile(architecture: str, kind: str, part: str, element_size: int) -> DeltaTile:
+    """The configuration of one kernel of the delta rule."""
+    if element_size == 4:
+        return DELTA_FP32
+    chosen = DELTA_TABLE.get(architecture, DELTA_TABLE[DEFAULT_ARCHITECTURE])[kind][part]
+    return replace(chosen, descriptors=False) if int(architecture.removeprefix("sm")) < 90 else chosen
 
 
 def splits(programs: int, tokens: int, unit: int, processors: int) -> int:
