@@ -1,0 +1,331 @@
+"""One trainer for every task: small models, many settings, several processes on one device, one line of JSON per finished run.
+
+A `Run` is data. Its key is a hash of what it says, so that a sweep that was interrupted skips what its results file holds. A run
+that diverges is a row like any other; a run that breaks is a row too, and is tried again next time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import get_cosine_schedule_with_warmup
+
+from linnet.evals.tasks._base import IGNORE, Batch, Task, add, divide, get_task
+from linnet.models import LinnetConfig, LinnetForCausalLM, parameter_groups
+
+VERSION = 1  # of what a run means: part of its key
+TEST_ROWS, TEST_BATCHES = 256, 4
+LOGITS_AT_ONCE = 2**25
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model on one task.
+
+    layers: a pattern of `LinnetConfig`; label: what tables call it. tests: name -> options that replace those of the task.
+    target: training ends once the validation score reaches it. precision: "fp32", or "bf16" for autocast.
+    warmup: share of the steps; then the learning rate follows a cosine to zero.
+    """
+
+    task: str
+    layers: str
+    label: str = ""
+    task_options: dict[str, Any] = field(default_factory=dict)
+    tests: dict[str, dict[str, Any]] = field(default_factory=dict)
+    num_layers: int | None = None
+    d_model: int = 64
+    heads: int = 2
+    mlp: str = "swiglu"
+    tie_embeddings: bool = False
+    steps: int = 1000
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.1
+    warmup: float = 0.1
+    clip: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    precision: str = "fp32"
+    target: float | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "d_model", "heads"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"run: {name} must be an integer >= 1; got {getattr(self, name)!r}")
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"run: precision must be 'fp32' or 'bf16'; got {self.precision!r}")
+
+    @property
+    def name(self) -> str:
+        return self.label or self.layers
+
+    @property
+    def key(self) -> str:
+        """Hash of everything that has an influence on the result."""
+        settings = {k: v for k, v in asdict(self).items() if k != "label"}
+        return hashlib.sha256(json.dumps([VERSION, settings], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def grid(base: Run, models: dict[str, str], learning_rates: Iterable[float], seeds: Iterable[int]) -> list[Run]:
+    """One run per model (label -> layers), learning rate and seed."""
+    seeds, rates = list(seeds), list(learning_rates)
+    return [
+        replace(base, label=label, layers=layers, learning_rate=rate, seed=seed)
+        for seed in seeds
+        for label, layers in models.items()
+        for rate in rates
+    ]
+
+
+class TaskModel(nn.Module):
+    """A `LinnetForCausalLM` with what a task needs around it: a linear map for vectors, values in place of logits, or a decoder
+    that reads every target from the last hidden state."""
+
+    def __init__(self, task: Task, run: Run):
+        super().__init__()
+        self.task = task
+        vectors = task.inputs == "vectors"
+        self.lm = LinnetForCausalLM(
+            LinnetConfig(
+                vocab_size=task.output_size if vectors else max(task.input_size, task.output_size),
+                d_model=run.d_model, heads=run.heads, layers=run.layers, num_layers=run.num_layers, mlp=run.mlp,
+                tie_embeddings=run.tie_embeddings and not vectors, use_cache=False,
+            )
+        )  # fmt: skip
+        if vectors:
+            self.embed = nn.Linear(task.input_size, run.d_model)
+            if not self.lm.config.tie_embeddings:
+                self.lm.model.embed_tokens.requires_grad_(False)
+        if task.readout == "last":
+            self.position = nn.Parameter(0.02 * torch.randn(task.length, run.d_model))
+            self.decoder = nn.Sequential(
+                nn.Linear(run.d_model, 2 * run.d_model), nn.GELU(), nn.Linear(2 * run.d_model, run.d_model)
+            )
+
+    def given(self, inputs: Tensor) -> dict[str, Tensor]:
+        return {"inputs_embeds": self.embed(inputs)} if self.task.inputs == "vectors" else {"input_ids": inputs}
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits [B, T, classes] or values [B, T, O]."""
+        if self.task.readout == "last":
+            last_BD = self.lm.model(**self.given(inputs), use_cache=False).last_hidden_state[:, -1]
+            return self.lm.lm_head(self.decoder(last_BD[:, None] + self.position))
+        return self.lm(**self.given(inputs), use_cache=False).logits
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        if self.task.targets == "classes" and self.task.readout == "position":
+            return self.lm(**self.given(inputs), shift_labels=targets, use_cache=False).loss
+        output = self(inputs).float()
+        if self.task.targets == "classes":
+            return F.cross_entropy(output.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+        asked = ~targets.isnan()
+        error = (output[..., : targets.shape[-1]] - targets)[asked].square()
+        if output.shape[-1] > targets.shape[-1]:  # mean and log variance
+            log_variance = output[..., targets.shape[-1] :][asked]
+            return 0.5 * (log_variance + error * (-log_variance).exp()).mean()
+        return error.mean()
+
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+
+def train(run: Run, device: str = "cpu") -> dict[str, Any]:
+    """Train and test one model; the row of results."""
+    started, task = time.perf_counter(), get_task(run.task, **run.task_options)
+    tests = {"train": task} | {name: task.at(**options) for name, options in run.tests.items()}
+    torch.manual_seed(run.seed)
+    model = TaskModel(task, run).to(device)
+    optimizer = torch.optim.AdamW(parameter_groups(model, run.weight_decay), lr=run.learning_rate, betas=run.betas)
+    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, int(run.warmup * run.steps)), run.steps)
+    row = {"key": run.key, "label": run.name, **asdict(run), "device": _device_name(device), "status": "done"}
+    row |= {"parameters": model.parameter_count(), "state_bytes": model.lm.state_bytes(task.length)}
+    history: list[tuple[int, float]] = []
+    every, step = max(10, math.ceil(run.steps / 20)), 0
+    autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=run.precision == "bf16")
+    for step, (inputs, targets) in enumerate(_training_batches(task, run, device), 1):
+        with autocast:
+            loss = model.loss(inputs, targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), run.clip)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % every and step < run.steps:
+            continue
+        if not math.isfinite(float(loss.detach())):
+            row["status"] = "diverged"
+            break
+        with autocast:
+            history.append((step, round(task.score(evaluate(model, task, "validation", device, batches=1)), 5)))
+        if run.target is not None and history[-1][1] >= run.target:
+            break
+    row |= {"steps_taken": step, "train_seconds": time.perf_counter() - started, "history": history}
+    row["validation"] = history[-1][1] if history and row["status"] == "done" else None
+    row["metrics"] = {}
+    if row["status"] == "done":
+        with autocast:
+            row["metrics"] = {name: evaluate(model, test, "test", device) for name, test in tests.items()}
+    return row | {"seconds": time.perf_counter() - started, "torch": torch.__version__}
+
+
+def _training_batches(task: Task, run: Run, device: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches on the device; the next one is made while the model works on this one."""
+
+    def make(index: int) -> tuple[Tensor, Tensor]:
+        batch = task.batch("train", index, run.batch_size, seed=run.seed)
+        return tuple(torch.from_numpy(x).to(device, non_blocking=True) for x in (batch.inputs, batch.targets))
+
+    if device == "cpu":
+        yield from map(make, range(run.steps))
+        return
+    with ThreadPoolExecutor(1) as maker:
+        waiting = maker.submit(make, 0)
+        for index in range(run.steps):
+            ready = waiting.result()
+            if index + 1 < run.steps:
+                waiting = maker.submit(make, index + 1)
+            yield ready
+
+
+@torch.no_grad()
+def evaluate(
+    model: Callable[[Tensor], Tensor], task: Task, split: str, device: str, *, batches: int = TEST_BATCHES
+) -> dict[str, Any]:
+    """Measures of a model (ids or vectors -> logits or values) on the first batches of a split."""
+    if isinstance(model, nn.Module):
+        model.eval()
+    total: dict[str, tuple[Any, Any]] = {}
+    for index in range(batches):
+        batch = task.batch(split, index, TEST_ROWS // TEST_BATCHES)
+        rows = max(1, LOGITS_AT_ONCE // (batch.targets.shape[1] * max(task.output_size, 64)))
+        for start in range(0, len(batch.inputs), rows):
+            part = slice(start, start + rows)
+            piece = Batch(batch.inputs[part], batch.targets[part], {k: v[part] for k, v in batch.info.items()})
+            output = model(torch.from_numpy(piece.inputs).to(device)).float().cpu().numpy()
+            total = add(total, task.metrics(output, piece))
+    if isinstance(model, nn.Module):
+        model.train()
+    metrics = divide(total)
+    if "accuracy" in metrics:
+        metrics["scaled_accuracy"] = (metrics["accuracy"] - task.chance) / (1 - task.chance)
+    return metrics
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
+# ---- many runs -----------------------------------------------------------------------------------------------------------
+
+
+def read_results(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a results file (or folder), the last one of every key. A torn last line is left out."""
+    path = Path(path)
+    path = path / "results.jsonl" if path.is_dir() else path
+    rows: dict[str, dict[str, Any]] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        rows[row["key"]] = row
+    return list(rows.values())
+
+
+def append_result(path: Path, row: dict[str, Any]) -> None:
+    """Add one line; after a torn line it starts a new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"
+            file.write(b"\n" if torn else b"")
+        file.write(json.dumps(_finite(row)).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def sweep(
+    runs: Iterable[Run],
+    out: str | Path,
+    *,
+    jobs: int = 1,
+    device: str = "cpu",
+    threads: int = 1,
+    progress: Callable[[str], None] | None = print,
+) -> list[dict[str, Any]]:
+    """Train all runs that `out`/results.jsonl does not hold yet, `jobs` at a time; the rows of all of them.
+
+    device: "cpu", "cuda", or several with commas between, which take turns. threads: CPU threads of each process.
+    """
+    if jobs < 1 or threads < 1:
+        raise ValueError(f"jobs and threads must be >= 1; got {jobs} and {threads}")
+    path, unique = Path(out) / "results.jsonl", {run.key: run for run in runs}
+    finished = {row["key"] for row in read_results(path) if row["status"] != "failed"}
+    waiting = [run for key, run in unique.items() if key not in finished]
+    devices = device.split(",")
+    say = progress or (lambda text: None)
+    say(f"{len(waiting)} of {len(unique)} runs to do, {jobs} at a time on {device}; results in {path}")
+    began = time.perf_counter()
+
+    def note(index: int, row: dict[str, Any]) -> None:
+        append_result(path, row)
+        score = "" if row.get("validation") is None else f" score {row['validation']:.3f}"
+        error = row.get("error", "").partition("\n")[0]
+        say(
+            f"[{index}/{len(waiting)}, {time.perf_counter() - began:.0f} s] {row['task']} {row['label']} "
+            f"lr {row['learning_rate']:g} seed {row['seed']}: {row['status']}{score} {error}".rstrip()
+        )
+
+    if jobs == 1:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            for index, run in enumerate(waiting):
+                note(index + 1, _attempt(run, devices[index % len(devices)]))
+        finally:
+            torch.set_num_threads(before)
+    elif waiting:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(jobs, len(waiting)), context, torch.set_num_threads, (threads,)) as pool:
+            futures: dict[Future, Run] = {
+                pool.submit(_attempt, run, devices[i % len(devices)]): run for i, run in enumerate(waiting)
+            }
+            for index, future in enumerate(as_completed(futures), 1):
+                error = future.exception()  # a process that was killed takes its neighbours' runs with it
+                note(index, future.result() if error is None else _failure(futures[future], error))
+    return [row for row in read_results(path) if row["key"] in unique]
+
+
+def _attempt(run: Run, device: str) -> dict[str, Any]:
+    try:
+        return train(run, device)
+    except Exception as error:  # one setting must not cost the others their results
+        return _failure(run, error) | {"traceback": traceback.format_exc()}
+
+
+def _failure(run: Run, error: BaseException) -> dict[str, Any]:
+    return {"key": run.key, "label": run.name, **asdict(run), "status": "failed", "error": f"{type(error).__name__}: {error}"}
