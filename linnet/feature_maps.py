@@ -63,11 +63,42 @@ def quadratic_features(x: Tensor) -> Tensor:
     return torch.cat((squares, math.sqrt(2) * pairs), -1) * x.shape[-1] ** -0.5
 
 
-def taylor_features(x: Tensor) -> Tensor:
-    """[..., K] -> [..., 1 + K + K(K+1)/2] with phi(q).phi(k) = 1 + s + s^2/2, s = q.k / sqrt(K).
+def taylor_features(x: Tensor, order: int = 2, lowest: int = 0) -> Tensor:
+    """[..., K] -> [..., F] with phi(q).phi(k) = sum_{n=lowest}^{order} s^n / n!, s = q.k / sqrt(K): 1 + s + s^2/2 as it stands.
 
-    The second-order Taylor polynomial of exp, positive everywhere (Based, Arora et al. 2024, arXiv 2402.18668).
+    F counts the monomials of these degrees, `taylor_size`: every product of channels stands once. Polynomials of an even order are
+    positive everywhere. Order 2: Based, Arora et al. 2024 (arXiv 2402.18668); any: Mongaras & Larson 2025 (arXiv 2507.23632).
     """
-    squares, pairs = _products(x)
-    root = math.sqrt(x.shape[-1])
-    return torch.cat((torch.ones_like(x[..., :1]), x / math.sqrt(root), squares / (math.sqrt(2) * root), pairs / root), -1)
+    root, parts, higher = math.sqrt(x.shape[-1]), [], None
+    for n in range(lowest, order + 1):
+        if n == 0:
+            parts.append(torch.ones_like(x[..., :1]))
+        elif n == 1:
+            parts.append(x / math.sqrt(root))
+        elif n == 2:
+            squares, pairs = _products(x)
+            parts += [squares / (math.sqrt(2) * root), pairs / root]
+        else:
+            higher = higher or _monomials(x, order)
+            parts.append(higher[n] * root ** (-n / 2))
+    return torch.cat(parts, -1)
+
+
+def taylor_size(size: int, order: int, lowest: int = 0) -> int:
+    """F of `taylor_features` for K = size."""
+    return sum(math.comb(size + n - 1, n) for n in range(lowest, order + 1))
+
+
+def _monomials(x: Tensor, order: int) -> list[Tensor]:
+    """The monomials of every degree 0 .. order, each over the square root of the factorials of its exponents.
+
+    Channel by channel: degree n of channels i, i+1, ... is x_i^m / sqrt(m!) times degree n - m of channels i+1, ...
+    """
+    one = torch.ones_like(x[..., :1])
+    degrees = [one] + [x[..., :0]] * order
+    for channel in reversed(x.split(1, -1)):
+        powers = [one]
+        for m in range(1, order + 1):
+            powers.append(powers[-1] * channel / math.sqrt(m))
+        degrees = [torch.cat([powers[m] * degrees[n - m] for m in range(n + 1)], -1) for n in range(order + 1)]
+    return degrees

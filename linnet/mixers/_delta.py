@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,25 +11,50 @@ from torch import Tensor, nn
 
 from linnet import ops
 from linnet.mixers import _layers as L
-from linnet.mixers._base import Context, Mixer, State, StateSpec
+from linnet.mixers._base import Context, Mixer, State
+from linnet.mixers._options import MixerConfig, number, share, size
+
+
+@dataclass(frozen=True)
+class DeltaConfig(MixerConfig):
+    heads: int = size(4, "key heads")
+    head_dim: int | None = size(None, "K, key channels per head (None: d_model / heads)")
+    expand_v: float = share(1.0, "value channels per value head over key channels", of="key_size")
+    conv_size: int | None = size(4, "taps of the short convolution on q, k, v (None: none, SiLU only)")
+    norm_eps: float = number(1e-5, "epsilon of the output norm", above=0)
+
+    @property
+    def state_heads(self) -> int:
+        """Heads of the values, and so of the state."""
+        return self.heads
+
+    @property
+    def key_size(self) -> int:
+        return self.head_dim or self.divide("heads", self.d_model, self.heads)
+
+    @property
+    def value_size(self) -> int:
+        return int(self.key_size * self.expand_v)
+
+
+@dataclass(frozen=True)
+class ValueHeadsConfig(DeltaConfig):
+    """Values and states may have more heads than keys: each key serves value_heads / heads of them."""
+
+    value_heads: int | None = size(None, "heads of v and S, a multiple of `heads` (None: `heads`)", multiple_of="heads")
+
+    @property
+    def state_heads(self) -> int:
+        return self.value_heads or self.heads
 
 
 class DeltaMixer(Mixer):
     """q, k, v are SiLU of a short convolution, q and k of unit length; the rule makes o; y = W_o norm(o).
 
-    A subclass gives `add_parts` (its modules and parameters; then `reset_parameters` runs once) and `mix`. Its config has heads,
-    state_heads (per value), key_size, value_size, conv_size and norm_eps; `steps` is the number of writes per token.
+    A subclass gives `add_parts` and `mix`, and a config made from `DeltaConfig`; `steps` is the number of writes per token.
     """
 
     steps = 1
-
-    def __init__(self, config: Any, *, layer_index: int = 0, num_layers: int = 1):
-        super().__init__(config, layer_index=layer_index, num_layers=num_layers)
-        self.add_parts()
-        self.reset_parameters()
-
-    def add_parts(self) -> None:
-        raise NotImplementedError
 
     def mix(self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, *more: Any) -> tuple[Tensor, State | None]:
         """(o [B, T, H, V], new state) of the projections, then the state and the context."""
@@ -56,8 +82,8 @@ class DeltaMixer(Mixer):
         """Name and shape of what the rule keeps, the row axis left out."""
         return {"S": (self.config.state_heads, self.config.key_size, self.config.value_size)}
 
-    def state_spec(self) -> StateSpec:
-        return self.make_spec(conv=self.conv.state_shape if self.conv else None, **self.memory_shapes())
+    def state_shapes(self) -> dict[str, tuple[int, ...] | None]:
+        return {"conv": self.conv.state_shape if self.conv else None} | self.memory_shapes()
 
     def per_step(self, y_BTE: Tensor, heads: int) -> Tensor:
         """[B, T, n*H*C] -> [B, T*n, H, C], and [B, T, n*H] -> [B, T*n, H, 1]."""
@@ -78,10 +104,7 @@ class DeltaMixer(Mixer):
         return [L.l2_norm(L.split_heads(q_BTE, c.heads)), self.key(k_BTHK), v_BTHV, *addresses], conv
 
     def delta_rule(self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, S: Tensor | None, context: Context, **gates: Any):
-        return ops.delta_rule(
-            q_BTHK, k_BTHK, v_BTHV, **gates, steps_per_token=self.steps, initial_state=S,
-            return_state=context.return_state, cu_seqlens=context.cu_seqlens,
-        )  # fmt: skip
+        return ops.delta_rule(q_BTHK, k_BTHK, v_BTHV, **gates, steps_per_token=self.steps, **context.carry(S))
 
     def output(self, x_BTD: Tensor, o_BTHV: Tensor) -> Tensor:
         if isinstance(self.o_norm, L.GatedRMSNorm):
@@ -90,7 +113,7 @@ class DeltaMixer(Mixer):
 
     def forward(self, x_BTD: Tensor, state: State | None = None, *, context: Context | None = None) -> tuple[Tensor, State | None]:
         context = context or Context()
-        conv, *memory = self.open_state(state, "conv" if self.conv is not None else None, *self.memory_shapes())
+        conv, *memory = self.open_state(state)
         operands, conv = self.project(x_BTD, conv, context)
         o_BTHV, new = self.mix(x_BTD, *operands, memory, context)
         return self.output(x_BTD, o_BTHV), self.close_state(context, conv, *(new or ()))
@@ -106,7 +129,6 @@ def diagonal_memory(
     one_BTH1 = v_BTHK.new_ones(*v_BTHK.shape[:3], 1)
     m_BTHK, new = ops.linear_attention(
         one_BTH1, one_BTH1, v_BTHK, log_decay, read=read, scale=1.0,
-        initial_state=None if state_NHK is None else state_NHK[:, :, None],
-        return_state=context.return_state, cu_seqlens=context.cu_seqlens,
+        **context.carry(None if state_NHK is None else state_NHK[:, :, None]),
     )  # fmt: skip
     return m_BTHK, None if new is None else new[0][:, :, 0]

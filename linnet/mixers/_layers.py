@@ -1,4 +1,4 @@
-"""Pieces that several mixers share: checks of options, norms, rotary positions, the Mamba decay, the short convolution.
+"""Pieces that several mixers share: norms, rotary positions, the Mamba decay, the short convolution.
 
 Shape legend: B batch, T tokens, H heads, K key channels, V value channels, D model or inner width, W convolution width,
 N rows of the state (the batch, or the packed segments).
@@ -7,62 +7,18 @@ N rows of the state (the batch, or the packed segments).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linnet import ops
-from linnet.feature_maps import FEATURE_MAPS
-from linnet.mixers._base import Context
-from linnet.mixers._options import refuse
+
+if TYPE_CHECKING:
+    from linnet.mixers._base import Context
 
 ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid}
-
-
-# ---- options -------------------------------------------------------------------------------------------------------------
-
-
-def check_positive(mixer: str, **options: Any) -> None:
-    """Every option that is not None must be an integer >= 1."""
-    for name, value in options.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            refuse(mixer, name, "an integer >= 1", value)
-
-
-def check_number(mixer: str, low: float, high: float = math.inf, **options: Any) -> None:
-    """Every option that is not None must be a number in (low, high)."""
-    for name, value in options.items():
-        if value is not None and not (isinstance(value, (int, float)) and low < value < high):
-            refuse(mixer, name, f"a number in ({low:g}, {high:g})", value)
-
-
-def check_choice(mixer: str, allowed: Iterable[Any], **options: Any) -> None:
-    allowed = tuple(allowed)
-    for name, value in options.items():
-        if not any(value is x or (isinstance(value, str) and value == x) for x in allowed):
-            refuse(mixer, name, "one of " + ", ".join(map(repr, allowed)), value)
-
-
-def check_feature_map(mixer: str, **options: Any) -> None:
-    check_choice(mixer, FEATURE_MAPS, **options)
-
-
-def divided(mixer: str, option: str, width: float, heads: int) -> int:
-    """`width` channels over `heads` heads; a ValueError naming `option` unless the result is an integer >= 1."""
-    size = width / heads
-    if size != int(size) or size < 1:
-        refuse(mixer, option, f"such that {width:g} channels divide evenly by {heads} heads", f"{size:g} channels per head")
-    return int(size)
-
-
-def pair(mixer: str, option: str, value: Any) -> tuple[float, float]:
-    """(low, high) with 0 <= low < high, as a tuple (configs read from JSON or YAML hold lists)."""
-    if not isinstance(value, (tuple, list)) or len(value) != 2 or not 0 <= value[0] < value[1]:
-        refuse(mixer, option, "two numbers (low, high) with 0 <= low < high", value)
-    return float(value[0]), float(value[1])
 
 
 # ---- numbers -------------------------------------------------------------------------------------------------------------
@@ -84,8 +40,7 @@ def split_heads(x_BTD: Tensor, heads: int) -> Tensor:
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(sum(x^2) + eps) over the last axis, computed in at least fp32."""
-    y = full(x)
-    return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+    return ops.l2_norm(x, eps=eps)
 
 
 def sum_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -112,13 +67,8 @@ class RMSNorm(nn.Module):
         if self.weight is not None:
             nn.init.ones_(self.weight)
 
-    def normalize(self, x: Tensor) -> Tensor:
-        y = full(x).unflatten(-1, (self.groups, -1))
-        y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).flatten(-2)
-        return y if self.weight is None else y * self.weight
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.normalize(x).to(x.dtype)
+        return ops.gated_rms_norm(x, None, self.weight, eps=self.eps, groups=self.groups)
 
     def extra_repr(self) -> str:
         return f"{self.size}, eps={self.eps}, affine={self.weight is not None}, groups={self.groups}"
@@ -132,9 +82,9 @@ class GatedRMSNorm(RMSNorm):
         self.activation, self.norm_before_gate = activation, norm_before_gate
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        g = ACTIVATIONS[self.activation](full(gate))
-        y = self.normalize(x) * g if self.norm_before_gate else self.normalize(full(x) * g)
-        return y.to(x.dtype)
+        return ops.gated_rms_norm(
+            x, gate, self.weight, eps=self.eps, activation=self.activation, norm_before_gate=self.norm_before_gate, groups=self.groups
+        )
 
 
 class HeadLayerNorm(nn.Module):
@@ -168,13 +118,13 @@ def make_norm(kind: str, size: int, eps: float) -> nn.Module:
 
 
 def init_normal(module: nn.Module, std: float = 0.02) -> None:
-    """N(0, std^2) for every Linear, biases 0; norms 1; convolutions as PyTorch's Conv1d. The usual language-model start."""
+    """N(0, std^2) for every Linear, biases 0; norms 1; convolutions as PyTorch's Conv1d. The usual start of a language model."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.normal_(part.weight, std=std)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
-        elif isinstance(part, (RMSNorm, ShortConv)):
+        elif isinstance(part, (RMSNorm, nn.LayerNorm, HeadLayerNorm, ShortConv)):
             part.reset_parameters()
 
 
@@ -204,38 +154,6 @@ def init_A_log(A_log: Tensor, low: float = 1.0, high: float = 16.0) -> None:
 def mamba_log_decay(x_BTH: Tensor, A_log_H: Tensor, dt_bias_H: Tensor) -> Tensor:
     """g = -exp(A_log) softplus(x + dt_bias), the log-decay of Mamba-2 and Gated DeltaNet, in at least fp32."""
     return -full(A_log_H).exp() * F.softplus(full(x_BTH) + full(dt_bias_H))
-
-
-def init_bound(logit_D: Tensor, layer: int, layers: int) -> None:
-    """sigmoid = 1 / (L - l + 1), the step from (l-1)/L to l/L of `lower_bound`."""
-    nn.init.constant_(logit_D, -math.log(max(layers - layer, 1e-3)))
-
-
-def lower_bound(kind: str, logit_D: Tensor | None, key: str, layer: int, layers: int, context: Context) -> Tensor | float:
-    """The lower bound of the forget gates of layer l of L (HGRN), 0 in the first one: "learned", "fixed" l/L, or "none".
-
-    Learned: lb_l = lb_{l-1} + (1 - lb_{l-1}) sigmoid(logit); lb_{l-1} comes from context.shared[key], through which gradients
-    reach the layers below. Layers without a bound count as fixed steps.
-    """
-    if kind == "none" or layer == 0:
-        return 0.0
-    if kind == "fixed":
-        return layer / layers
-    bounds = context.shared.setdefault(key, {})
-    below = max([0] + [k for k in bounds if k < layer])
-    previous = bounds.get(below, 0.0)
-    previous = previous + (1 - previous) * (layer - 1 - below) / (layers - below)
-    bounds[layer] = previous + (1 - previous) * torch.sigmoid(full(logit_D))
-    return bounds[layer]
-
-
-def bounded_gate(x_BTD: Tensor, bound: Tensor | float) -> tuple[Tensor, Tensor]:
-    """(log f, 1 - f) of the forget gate f = lb + (1 - lb) sigmoid(x), without leaving log space."""
-    log_f_BTD = F.logsigmoid(x_BTD)
-    if not isinstance(bound, float) or bound > 0:
-        bound = (x_BTD.new_full((), bound) if isinstance(bound, float) else bound).clamp_min(1e-30)
-        log_f_BTD = torch.logaddexp(bound.log(), torch.log1p(-bound) + log_f_BTD)
-    return log_f_BTD, (1 - bound) * torch.sigmoid(-x_BTD)
 
 
 def constant_log_decays(kind: str, heads: int, layer: int, layers: int, like: Tensor) -> Tensor:
@@ -302,11 +220,13 @@ class ShortConv(nn.Module):
         return f"{self.channels}, width={self.width}, bias={self.bias is not None}, activation={self.activation!r}"
 
 
-def token_counts(x_BTD: Tensor, context: Context) -> Tensor:
-    """Tokens of this call in every row of the state [N] int64."""
+def token_counts(x_BTD: Tensor, context: Context, before_N: Tensor | None = None) -> Tensor:
+    """Tokens of every row of the state [N] int64: those of this call and `before`."""
     if context.cu_seqlens is None:
-        return torch.full((x_BTD.shape[0],), x_BTD.shape[1], dtype=torch.int64, device=x_BTD.device)
-    return context.cu_seqlens.to(torch.int64).diff()
+        count_N = torch.full((x_BTD.shape[0],), x_BTD.shape[1], dtype=torch.int64, device=x_BTD.device)
+    else:
+        count_N = context.cu_seqlens.to(torch.int64).diff()
+    return count_N if before_N is None else before_N + count_N
 
 
 def token_positions(x_BTD: Tensor, context: Context, length_N: Tensor | None = None) -> Tensor:

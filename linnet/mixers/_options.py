@@ -6,8 +6,8 @@
         expand_k: float = number(0.5, "key width over d_model", above=0)
         gate: str = choice("silu", "activation of the output gate", "silu", "sigmoid")
 
-The docstring of the config, the refusal of a bad value and `linnet info` come from these lines. What ties several options together
-goes into `check`.
+The docstring of the config, the refusal of a bad value and `linnet info` come from these lines. None is allowed where the type says
+so, and a list (JSON, YAML) becomes a tuple. What ties several options together and cannot be said in a line goes into `check`.
 """
 
 from __future__ import annotations
@@ -18,60 +18,91 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
 
-Check = Callable[[Any], str | None]  # what was expected, where the value is bad
+Check = Callable[[Any, Any], str | None]  # (value, config) -> what was expected, where the value is bad
 
 
 def refuse(mixer: str, option: str, expected: str, came: object) -> NoReturn:
     raise ValueError(f"{mixer}: option '{option}' must be {expected}; got {came!r}")
 
 
-def _option(default: Any, doc: str, check: Check) -> Any:
+def option(default: Any, doc: str, check: Check = lambda value, config: None) -> Any:
+    """Anything that `check` lets pass."""
     return dataclasses.field(default=default, metadata={"doc": doc, "check": check})
 
 
-def size(default: int | None, doc: str, *, least: int = 1) -> Any:
-    """A whole number >= `least`; None is allowed where it is the default."""
-
-    def check(value: Any) -> str | None:
-        good = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        return None if good or (value is None and default is None) else f"an integer >= {least}"
-
-    return _option(default, doc, check)
+def _is_number(value: Any, *kinds: type) -> bool:
+    return isinstance(value, kinds or (int, float)) and not isinstance(value, bool)
 
 
-def number(default: float | None, doc: str, *, above: float = -math.inf, below: float = math.inf) -> Any:
-    """A number strictly between `above` and `below`; None is allowed where it is the default."""
+def size(default: int | None, doc: str, *, least: int = 1, divides: str = "", multiple_of: str = "") -> Any:
+    """A whole number >= `least`; where named, it divides another option or is a multiple of it."""
 
-    def check(value: Any) -> str | None:
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and above < value < below
-        return None if good or (value is None and default is None) else f"a number in ({above:g}, {below:g})"
+    def check(value: Any, config: Any) -> str | None:
+        if not _is_number(value, int) or value < least:
+            return f"an integer >= {least}"
+        if divides and getattr(config, divides) % value:
+            return f"a divisor of {divides} = {getattr(config, divides)}"
+        if multiple_of and value % getattr(config, multiple_of):
+            return f"a multiple of {multiple_of} = {getattr(config, multiple_of)}"
+        return None
 
-    return _option(default, doc, check)
+    return option(default, doc, check)
+
+
+def number(
+    default: float | None, doc: str, *, above: float | str = -math.inf, below: float = math.inf, least: float | None = None,
+    most: float | None = None,
+) -> Any:  # fmt: skip
+    """A number in (above, below), with `least` and `most` in [least, most]; `above` may name an option."""
+
+    def check(value: Any, config: Any) -> str | None:
+        low, high = getattr(config, above) if isinstance(above, str) else above, below
+        good = _is_number(value) and (value > low if least is None else value >= least)
+        if good and (value < high if most is None else value <= most):
+            return None
+        return f"a number in {f'({low:g}' if least is None else f'[{least:g}'}, {f'{high:g})' if most is None else f'{most:g}]'}"
+
+    return option(default, doc, check)
+
+
+def share(default: float, doc: str, of: str = "d_model", parts: str = "") -> Any:
+    """A number > 0 that times the option `of` is a whole number of channels, for each of `parts` heads."""
+
+    def check(value: Any, config: Any) -> str | None:
+        if not _is_number(value) or not value > 0:
+            return "a number in (0, inf)"
+        whole, count = getattr(config, of), getattr(config, parts) if parts else 1
+        each = whole * value / count
+        if each == int(each) and each >= 1:
+            return None
+        return f"such that {of} = {whole} times it " + (f"divides evenly by {count} heads" if parts else "is a whole number")
+
+    return option(default, doc, check)
 
 
 def choice(default: Any, doc: str, *allowed: Any) -> Any:
     """One of `allowed`."""
 
-    def check(value: Any) -> str | None:
+    def check(value: Any, config: Any) -> str | None:
         good = any(value is x or (isinstance(value, str) and value == x) for x in allowed)
         return None if good else "one of " + ", ".join(map(repr, allowed))
 
-    return _option(default, doc, check)
+    return option(default, doc, check)
 
 
-def flag(default: bool, doc: str) -> Any:
+def flag(default: bool | None, doc: str) -> Any:
     """True or False."""
     return choice(default, doc, True, False)
 
 
-def interval(default: tuple[float, float], doc: str) -> Any:
-    """Two numbers (low, high) with 0 <= low < high; a list (JSON, YAML) becomes a tuple."""
+def interval(default: tuple[float, float] | None, doc: str) -> Any:
+    """Two numbers (low, high) with 0 <= low < high."""
 
-    def check(value: Any) -> str | None:
-        good = isinstance(value, (tuple, list)) and len(value) == 2 and 0 <= value[0] < value[1]
-        return None if good else "two numbers (low, high) with 0 <= low < high"
+    def check(value: Any, config: Any) -> str | None:
+        good = isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_is_number, value))
+        return None if good and 0 <= value[0] < value[1] else "two numbers (low, high) with 0 <= low < high"
 
-    return _option(default, doc, check)
+    return option(default, doc, check)
 
 
 @dataclass(frozen=True)
@@ -90,7 +121,8 @@ class MixerConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            expected = field.metadata["check"](value) if "check" in field.metadata else None
+            none = value is None and "None" in str(field.type)
+            expected = field.metadata["check"](value, self) if "check" in field.metadata and not none else None
             if expected is not None:
                 refuse(self.mixer, field.name, expected, value)
             if isinstance(value, list):  # configs read from JSON or YAML

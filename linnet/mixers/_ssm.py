@@ -9,6 +9,7 @@ Shape legend: B batch, T tokens, D channels, N state channels, L lags of a kerne
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,9 +17,17 @@ from torch import Tensor
 from linnet import ops
 from linnet.mixers import _layers as L
 from linnet.mixers._base import Context
+from linnet.mixers._options import MixerConfig, choice, number
 
 MODES = ("auto", "recurrent")
 SCAN_ELEMENTS = 1 << 22  # states that one scan of the recurrent mode holds
+
+
+@dataclass(frozen=True)
+class SSMConfig(MixerConfig):
+    dt_min: float = number(1e-3, "smallest step size at the start; they are log-uniform", above=0)
+    dt_max: float = number(0.1, "largest step size at the start", above="dt_min")
+    mode: str = choice("auto", '"auto" convolves where no state is needed, "recurrent" always steps the state', *MODES)
 
 
 def hippo_legs(size: int) -> tuple[Tensor, Tensor]:

@@ -9,56 +9,29 @@ from torch import Tensor, nn
 
 from linnet import ops
 from linnet.mixers import _layers as L
-from linnet.mixers._base import Context, Mixer, State, StateSpec
+from linnet.mixers._base import Context, State, StateSpec
+from linnet.mixers._heads import GroupedConfig, HeadMixer
+from linnet.mixers._options import choice, flag, number, size
 from linnet.mixers._registry import register_mixer
 
 
 @dataclass(frozen=True)
-class AttentionConfig:
-    """Options of `attention`.
+class AttentionConfig(GroupedConfig, mixer="attention"):
+    window: int | None = size(None, "each token sees itself and the window - 1 tokens before it (None: everything)")
+    position: str = choice("rope", '"rope" or "none" (NoPE)', "rope", "none")
+    rope_theta: float = number(10000.0, "base of the rotary angles", above=0)
+    rotary_dim: int | None = size(None, "channels of a head that are turned (None: all)")
+    qk_norm: bool = flag(False, "per-head RMSNorm with weight on q and k before the rotation (Qwen3)")
+    gate: bool = flag(False, "multiply the output by sigmoid(x W_g), one gate per channel (Qwen3-Next)")
+    bias: bool = flag(False, "biases of q, k, v")
+    out_bias: bool | None = flag(None, "bias of the output projection (None: as `bias`; Qwen2 has bias=True, out_bias=False)")
+    norm_eps: float = number(1e-6, "epsilon of qk_norm", above=0)
 
-    kv_heads: key/value heads, a divisor of `heads` (None: `heads`). head_dim: None means d_model / heads.
-    window: each token sees itself and the window - 1 tokens before it; None sees everything.
-    position: "rope" or "none" (NoPE). rope_theta, rotary_dim: base, and how many channels are turned (None: all).
-    qk_norm: per-head RMSNorm with weight on q and k before the rotation (Qwen3).
-    gate: multiply the output by sigmoid(x W_g), one gate per channel (Qwen3-Next).
-    bias: biases of q, k, v. out_bias: bias of the output projection (None: as `bias`; Qwen2 has bias=True, out_bias=False).
-    """
-
-    d_model: int
-    heads: int = 8
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    window: int | None = None
-    position: str = "rope"
-    rope_theta: float = 10000.0
-    rotary_dim: int | None = None
-    qk_norm: bool = False
-    gate: bool = False
-    bias: bool = False
-    out_bias: bool | None = None
-    norm_eps: float = 1e-6
-
-    def __post_init__(self):
-        L.check_positive(
-            "attention", d_model=self.d_model, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim,
-            window=self.window, rotary_dim=self.rotary_dim,
-        )  # fmt: skip
-        L.check_choice("attention", ("rope", "none"), position=self.position)
-        L.check_number("attention", 0, rope_theta=self.rope_theta, norm_eps=self.norm_eps)
-        if self.heads % self.groups:
-            L.refuse("attention", "kv_heads", f"a divisor of heads = {self.heads}", self.kv_heads)
+    def check(self) -> None:
+        super().check()
         if self.rotary % 2 or self.rotary > self.size:
             option = "head_dim" if self.rotary_dim is None else "rotary_dim"
-            L.refuse("attention", option, f"even (rotary pairs) and at most {self.size} channels per head", self.rotary)
-
-    @property
-    def size(self) -> int:
-        return self.head_dim or L.divided("attention", "heads", self.d_model, self.heads)
-
-    @property
-    def groups(self) -> int:
-        return self.kv_heads or self.heads
+            self.refuse(option, f"such that an even number of the {self.size} channels of a head is turned")
 
     @property
     def rotary(self) -> int:
@@ -66,8 +39,9 @@ class AttentionConfig:
 
 
 @register_mixer("attention")
-class Attention(Mixer):
-    r"""Causal softmax attention with grouped heads, Vaswani et al. 2017 (arXiv 1706.03762); RoPE 2104.09864; GQA 2305.13245.
+class Attention(HeadMixer):
+    r"""Vaswani et al., "Attention Is All You Need", 2017 (arXiv 1706.03762), causal, with grouped heads (arXiv 2305.13245) and
+    rotary positions (arXiv 2104.09864).
 
         o_t = sum_{t-w < s <= t} softmax_s(q_t . k_s / sqrt(K)) v_s
 
@@ -77,21 +51,14 @@ class Attention(Mixer):
 
     Config = AttentionConfig
 
-    def __init__(self, config: AttentionConfig, *, layer_index: int = 0, num_layers: int = 1):
-        super().__init__(config, layer_index=layer_index, num_layers=num_layers)
-        c = config
+    def add_parts(self) -> None:
+        c = self.config
         out_bias = c.bias if c.out_bias is None else c.out_bias
-        self.q_proj = nn.Linear(c.d_model, c.heads * c.size, bias=c.bias)
-        self.k_proj = nn.Linear(c.d_model, c.groups * c.size, bias=c.bias)
-        self.v_proj = nn.Linear(c.d_model, c.groups * c.size, bias=c.bias)
+        self.add_qkv(bias=c.bias)
         self.g_proj = nn.Linear(c.d_model, c.heads * c.size, bias=c.bias) if c.gate else None
         self.o_proj = nn.Linear(c.heads * c.size, c.d_model, bias=out_bias)
         self.q_norm = L.RMSNorm(c.size, eps=c.norm_eps) if c.qk_norm else None
         self.k_norm = L.RMSNorm(c.size, eps=c.norm_eps) if c.qk_norm else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        L.init_normal(self)
 
     @property
     def counts(self) -> bool:
@@ -108,9 +75,7 @@ class Attention(Mixer):
         c, context = self.config, context or Context()
         k_cache, v_cache, length_N, seen_N = self.open_state(state, "k", "v", "length", "position" if self.counts else None)
         seen_N = seen_N if self.counts else length_N
-        q_BTHK = L.split_heads(self.q_proj(x_BTD), c.heads)
-        k_BTHK = L.split_heads(self.k_proj(x_BTD), c.groups)
-        v_BTHK = L.split_heads(self.v_proj(x_BTD), c.groups)
+        q_BTHK, k_BTHK, v_BTHK = self.qkv(x_BTD)
         if c.qk_norm:
             q_BTHK, k_BTHK = self.q_norm(q_BTHK), self.k_norm(k_BTHK)
         if c.position == "rope":
@@ -118,14 +83,15 @@ class Attention(Mixer):
             turns = L.turns(positions_BT, L.rope_frequencies(c.rotary, c.rope_theta, x_BTD))
             q_BTHK, k_BTHK = L.rotate(q_BTHK, turns), L.rotate(k_BTHK, turns)
         o_BTHK, new = ops.softmax_attention(
-            q_BTHK, k_BTHK, v_BTHK, window=c.window,
-            initial_state=None if state is None else (k_cache, v_cache, length_N), return_state=context.return_state,
-            cu_seqlens=context.cu_seqlens,
-        )  # fmt: skip
+            q_BTHK,
+            k_BTHK,
+            v_BTHK,
+            window=c.window,
+            **context.carry(None if state is None else (k_cache, v_cache, length_N)),
+        )
         o_BTD = o_BTHK.flatten(2)
         if c.gate:
             o_BTD = o_BTD * torch.sigmoid(self.g_proj(x_BTD))
         if new is not None and self.counts:
-            count_N = L.token_counts(x_BTD, context)
-            new = (*new, count_N if seen_N is None else seen_N + count_N)
+            new = (*new, L.token_counts(x_BTD, context, seen_N))
         return self.o_proj(o_BTD), new

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from linnet.feature_maps import taylor_features
 from linnet.mixers import _layers as L
 from linnet.mixers._kernel import KernelAttention, KernelConfig
+from linnet.mixers._options import number, size
 from linnet.mixers._registry import register_mixer
 
 
 @dataclass(frozen=True)
-class BasedConfig(KernelConfig):
-    """Options of `based`: feature_size, the width K of q and k, and those of `KernelConfig`."""
-
-    mixer: ClassVar[str] = "based"
-
-    heads: int = 16
-    feature_size: int = 16
-    normalizer_eps: float = 1e-12
-
-    def __post_init__(self):
-        super().__post_init__()
-        L.check_positive("based", feature_size=self.feature_size)
+class BasedConfig(KernelConfig, mixer="based"):
+    heads: int = size(16, "query heads")
+    feature_size: int = size(16, "K, the width of q and k")
+    normalizer_eps: float = number(1e-12, "added to the denominator", least=0)
 
     @property
     def key_size(self) -> int:
@@ -47,10 +39,6 @@ class Based(KernelAttention):
     """
 
     Config = BasedConfig
-
-    def __init__(self, config: BasedConfig, *, layer_index: int = 0, num_layers: int = 1):
-        super().__init__(config, layer_index=layer_index, num_layers=num_layers)
-        self.reset_parameters()
 
     def phi(self, q_BTHK: Tensor, k_BTHK: Tensor, positions_BT: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         return taylor_features(L.full(q_BTHK)), taylor_features(L.full(k_BTHK)), None

@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from linnet.mixers import _layers as L
 from linnet.mixers._base import Context, State
+from linnet.mixers._options import flag, number
 from linnet.mixers._registry import register_mixer
 from linnet.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 
 
 @dataclass(frozen=True)
-class CombaConfig(GatedDeltaNetConfig):
-    """Options of `comba`: those of `gated_deltanet`, and
-
-    output_feedback: whether the query is corrected by D p. feedback_init: D at the start (smaller models: 0.02).
-    """
-
-    output_feedback: bool = True
-    feedback_init: float = 1.0
-    mixer: ClassVar[str] = "comba"
-
-    def __post_init__(self):
-        super().__post_init__()
-        L.check_number(self.mixer, float("-inf"), feedback_init=self.feedback_init)
+class CombaConfig(GatedDeltaNetConfig, mixer="comba"):
+    output_feedback: bool = flag(True, "whether the query is corrected by D p")
+    feedback_init: float = number(1.0, "D at the start (smaller models: 0.02)")
 
 
 @register_mixer("comba")
 class Comba(GatedDeltaNet):
-    r""" "Comba: Improving Bilinear RNNs with Closed-loop Control", 2025 (arXiv 2506.02475).
+    r"""Hu et al., "Comba: Improving Bilinear RNNs with Closed-loop Control", 2025 (arXiv 2506.02475).
 
         p_t = sigmoid(delta) k_t
         S_t = (alpha_t I - beta_t k_t p_t^T) S_{t-1} + beta_t k_t v_t^T,   o_t = S_t^T (q_t - D p_t) / sqrt(K)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,20 +11,13 @@ from torch import Tensor
 
 from linnet.mixers import _layers as L
 from linnet.mixers._kernel import KernelAttention, KernelConfig
+from linnet.mixers._options import size
 from linnet.mixers._registry import register_mixer
 
 
 @dataclass(frozen=True)
-class CosFormerConfig(KernelConfig):
-    """Options of `cosformer`: max_length, the M of the weight cos(pi (t - s) / 2M), and those of `KernelConfig`."""
-
-    mixer: ClassVar[str] = "cosformer"
-
-    max_length: int = 4096
-
-    def __post_init__(self):
-        super().__post_init__()
-        L.check_positive("cosformer", max_length=self.max_length)
+class CosFormerConfig(KernelConfig, mixer="cosformer"):
+    max_length: int = size(4096, "M of the weight cos(pi (t - s) / 2M)")
 
     @property
     def features(self) -> int:
@@ -45,10 +37,6 @@ class CosFormer(KernelAttention):
 
     Config = CosFormerConfig
     positional = True
-
-    def __init__(self, config: CosFormerConfig, *, layer_index: int = 0, num_layers: int = 1):
-        super().__init__(config, layer_index=layer_index, num_layers=num_layers)
-        self.reset_parameters()
 
     def phi(self, q_BTHK: Tensor, k_BTHK: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         angle = positions_BT.to(L.state_dtype(q_BTHK))[:, :, None, None] * (math.pi / 2 / self.config.max_length)

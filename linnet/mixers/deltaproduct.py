@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
+from linnet.mixers._options import interval
 from linnet.mixers._registry import register_mixer
 from linnet.mixers.gated_deltaproduct import GatedDeltaProduct, GatedDeltaProductConfig
 
 
 @dataclass(frozen=True)
-class DeltaProductConfig(GatedDeltaProductConfig):
-    """Options of `deltaproduct`: those of `gated_deltaproduct`; A_range has no meaning here."""
+class DeltaProductConfig(GatedDeltaProductConfig, mixer="deltaproduct"):
+    A_range: tuple[float, float] = interval((1.0, 16.0), "of `gated_deltaproduct`; without meaning here")
 
-    mixer: ClassVar[str] = "deltaproduct"
-    decay: ClassVar[str] = "none"
+    decay = "none"
 
 
 @register_mixer("deltaproduct")

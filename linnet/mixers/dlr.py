@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from linnet import ops
 from linnet.mixers import _layers as L
 from linnet.mixers import _ssm as S
-from linnet.mixers._base import Context, Mixer, State, StateSpec
+from linnet.mixers._base import Context, Mixer, State
+from linnet.mixers._options import choice, flag, number, size
 from linnet.mixers._registry import register_mixer
 
 # weight of the complex kernel sum_n W_n Lambda_n^l whose real part is wanted
@@ -20,29 +21,16 @@ READS = {"real": 1, "imag": -1j, "sum": 1 - 1j}
 
 
 @dataclass(frozen=True)
-class DLRConfig:
-    """Options of `dlr`.
+class DLRConfig(S.SSMConfig, mixer="dlr"):
+    d_state: int = size(1024, "N, complex state channels, whose transition all channels share")
+    dt_min: float = number(1e-4, "smallest -2 Re(log Lambda) at the start; they are log-uniform", above=0)
+    dt_max: float = number(0.1, "largest", above="dt_min")
+    kernel: str = choice("real", '"real", "imag" or "sum" of both parts of the complex kernel', *READS)
+    bidirectional: bool = flag(False, "a second kernel reads the future (no state, no decoding)")
 
-    d_state: N, complex state channels, whose transition all channels share. dt_min, dt_max: -2 Re(log Lambda) at the start,
-    log-uniform. kernel: "real", "imag" or "sum" of both parts of the complex kernel. bidirectional: a second kernel reads the
-    future (no state, no decoding). mode: "auto" convolves where no state is needed, "recurrent" always scans.
-    """
-
-    d_model: int
-    d_state: int = 1024
-    dt_min: float = 1e-4
-    dt_max: float = 0.1
-    kernel: str = "real"
-    bidirectional: bool = False
-    mode: str = "auto"
-
-    def __post_init__(self):
-        L.check_positive("dlr", d_model=self.d_model, d_state=self.d_state)
-        L.check_number("dlr", 0, dt_min=self.dt_min)
-        L.check_number("dlr", self.dt_min, dt_max=self.dt_max)
-        L.check_choice("dlr", READS, kernel=self.kernel)
-        L.check_choice("dlr", (False, True), bidirectional=self.bidirectional)
-        L.check_choice("dlr", S.MODES[:1] if self.bidirectional else S.MODES, mode=self.mode)
+    def check(self) -> None:
+        if self.bidirectional and self.mode != "auto":
+            self.refuse("mode", "'auto' with bidirectional=True")
 
 
 @register_mixer("dlr")
@@ -57,17 +45,15 @@ class DLR(Mixer):
     """
 
     Config = DLRConfig
+    future_option = "bidirectional"
     no_weight_decay = ("W",)
 
-    def __init__(self, config: DLRConfig, *, layer_index: int = 0, num_layers: int = 1):
-        super().__init__(config, layer_index=layer_index, num_layers=num_layers)
-        c = config
-        self.causal = not c.bidirectional
+    def add_parts(self) -> None:
+        c = self.config
         self.rho, self.omega = (nn.Parameter(torch.empty(c.d_state)) for _ in range(2))
         self.W = nn.Parameter(torch.empty(1 + c.bidirectional, c.d_model, c.d_state, 2))
         self.D = nn.Parameter(torch.empty(c.d_model))
         self.out_proj = nn.Linear(c.d_model, c.d_model)
-        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -79,18 +65,17 @@ class DLR(Mixer):
         nn.init.normal_(self.W, std=1 / c.d_state)
         nn.init.normal_(self.D)
 
-    def state_spec(self) -> StateSpec:
-        return self.make_spec(x=tuple(self.W.shape[1:]))
+    def state_shapes(self) -> dict[str, tuple[int, ...] | None]:
+        return {"x": tuple(self.W.shape[1:])}
 
     def forward(self, x_BTD: Tensor, state: State | None = None, *, context: Context | None = None) -> tuple[Tensor, State | None]:
         c, context = self.config, context or Context()
-        (x,) = self.open_state(state, "x")
+        self.refuse_state(state, context)
+        (x,) = self.open_state(state)
         log_a = torch.complex(-L.full(self.rho).square(), L.full(self.omega))[None]
         weight = S.as_complex(self.W) * READS[c.kernel]
         if not c.bidirectional:
             y_BTD, x = S.diagonal_ssm(x_BTD, weight[0], log_a, self.D, x, context, c.mode)
-        elif state is not None or context.return_state:
-            raise ValueError("dlr: option 'bidirectional' must be False where a state is given or wanted; got True")
         else:
             T = x_BTD.shape[1]
             past, future = (S.exponential_kernel(w, log_a, T) for w in weight)  # the second kernel starts at the next token

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,30 +11,25 @@ from torch import Tensor, nn
 from linnet import ops
 from linnet.mixers import _layers as L
 from linnet.mixers._base import State
+from linnet.mixers._options import flag
 from linnet.mixers._registry import register_mixer
 from linnet.mixers.kda import KDA, KDAConfig
 
 
 @dataclass(frozen=True)
-class DPLRConfig(KDAConfig):
-    """Options of `dplr`: those of `kda`, and
-
-    tied: whether what the erase address e reads is also erased there (the transition never grows); False: it is erased at an
-        address f of its own, the general rank-one term, with which the state may grow.
-    """
-
-    tied: bool = True
-    mixer: ClassVar[str] = "dplr"
-
-    def __post_init__(self):
-        super().__post_init__()
-        L.check_choice(self.mixer, (True, False), tied=self.tied)
+class DPLRConfig(KDAConfig, mixer="dplr"):
+    tied: bool = flag(
+        True,
+        "whether what the erase address e reads is also erased there (the transition never grows); False: it is erased at an "
+        "address f of its own, the general rank-one term, with which the state may grow",
+    )
 
 
 @register_mixer("dplr")
 class DPLR(KDA):
-    r"""The transition of Peng et al., "RWKV-7 'Goose' with Expressive Dynamic State Evolution", 2025 (arXiv 2503.14456), in the
-    block of `kda`, with erase addresses of its own as in "Erase-then-Delta", 2026 (arXiv 2606.26560).
+    r"""Peng et al., "RWKV-7 'Goose' with Expressive Dynamic State Evolution", 2025 (arXiv 2503.14456), its transition in the block
+    of `kda`, with erase addresses of its own as in Li et al., "Erase-then-Delta Attention: Decoupling Erase and Write Addresses in
+    Delta-Rule Linear Attention", 2026 (arXiv 2606.26560).
 
         S_t = (I - beta_t f_t e_t^T) Diag(alpha_t) S_{t-1} + w_t k_t v_t^T,   o_t = S_t^T q_t / sqrt(K)
         beta_t = sigmoid(x_t W_b),   w_t = sigmoid(x_t W_w),   f = e if `tied`;   log alpha_t and y_t as in `kda`
@@ -64,5 +59,5 @@ class DPLR(KDA):
         v_BTHV, dtype = (w_BTH1 * L.full(v_BTHV)).to(v_BTHV.dtype), k_BTHK.dtype
         return ops.dplr(
             q_BTHK, k_BTHK, v_BTHV, (-decay_BTHK * e).to(dtype), (gates["erase"][..., None] * f).to(dtype), gates["log_decay"],
-            log_decay_min=self.log_decay_min, initial_state=S, return_state=context.return_state, cu_seqlens=context.cu_seqlens,
+            log_decay_min=self.log_decay_min, **context.carry(S),
         )  # fmt: skip

@@ -10,39 +10,20 @@ from torch import Tensor, nn
 
 from linnet import ops
 from linnet.mixers import _layers as L
-from linnet.mixers._base import Context, Mixer, State, StateSpec
+from linnet.mixers._base import Context, Mixer, State
+from linnet.mixers._heads import WidthConfig
+from linnet.mixers._options import choice, share, size
 from linnet.mixers._registry import register_mixer
 
 
 @dataclass(frozen=True)
-class FSMNConfig:
-    """Options of `fsmn`.
-
-    expand: hidden width over d_model. lookback: N1, past taps besides the current one. lookahead: N2, future taps (0: causal;
-    otherwise no state and no decoding). lookback_stride, lookahead_stride: tokens between taps (DFSMN).
-    coefficients: "vector" per channel (vFSMN) or "scalar" for all (sFSMN).
-    """
-
-    d_model: int
-    expand: float = 2
-    lookback: int = 20
-    lookahead: int = 0
-    lookback_stride: int = 1
-    lookahead_stride: int = 1
-    coefficients: str = "vector"
-
-    def __post_init__(self):
-        L.check_positive(
-            "fsmn", d_model=self.d_model, lookback=self.lookback, lookahead=self.lookahead or None,
-            lookback_stride=self.lookback_stride, lookahead_stride=self.lookahead_stride,
-        )  # fmt: skip
-        L.check_number("fsmn", 0, expand=self.expand)
-        L.check_choice("fsmn", ("vector", "scalar"), coefficients=self.coefficients)
-        L.divided("fsmn", "expand", self.d_model * self.expand, 1)
-
-    @property
-    def width(self) -> int:
-        return int(self.d_model * self.expand)
+class FSMNConfig(WidthConfig, mixer="fsmn"):
+    expand: float = share(2, "hidden width over d_model")
+    lookback: int = size(20, "N1, past taps besides the current one")
+    lookahead: int = size(0, "N2, future taps (0: causal; otherwise no state and no decoding)", least=0)
+    lookback_stride: int = size(1, "tokens between past taps (DFSMN)")
+    lookahead_stride: int = size(1, "tokens between future taps (DFSMN)")
+    coefficients: str = choice("vector", '"vector" per channel (vFSMN) or "scalar" for all (sFSMN)', "vector", "scalar")
 
 
 @register_mixer("fsmn")
@@ -59,16 +40,14 @@ class FSMN(Mixer):
     """
 
     Config = FSMNConfig
+    future_option = "lookahead"
 
-    def __init__(self, config: FSMNConfig, *, layer_index: int = 0, num_layers: int = 1):
-        super().__init__(config, layer_index=layer_index, num_layers=num_layers)
-        c = config
-        self.causal = c.lookahead == 0
+    def add_parts(self) -> None:
+        c = self.config
         rows = c.d_model if c.coefficients == "vector" else 1
         self.up, self.down = nn.Linear(c.d_model, c.width), nn.Linear(c.width, c.d_model)
         self.past = nn.Parameter(torch.empty(rows, c.lookback + 1))
         self.future = nn.Parameter(torch.empty(rows, c.lookahead)) if c.lookahead else None
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         c = self.config
@@ -78,8 +57,8 @@ class FSMN(Mixer):
             if taps is not None:
                 nn.init.uniform_(taps, -bound, bound)
 
-    def state_spec(self) -> StateSpec:
-        return self.make_spec(p=(self.config.d_model, self.config.lookback * self.config.lookback_stride))
+    def state_shapes(self) -> dict[str, tuple[int, ...] | None]:
+        return {"p": (self.config.d_model, self.config.lookback * self.config.lookback_stride)}
 
     def kernel(self) -> Tensor:
         """[D or 1, N2 s2 + 1 + N1 s1]: the taps and the identity at their lags, most future first."""
@@ -94,12 +73,11 @@ class FSMN(Mixer):
 
     def forward(self, x_BTD: Tensor, state: State | None = None, *, context: Context | None = None) -> tuple[Tensor, State | None]:
         c, context = self.config, context or Context()
-        (p,) = self.open_state(state, "p")
-        if c.lookahead and (state is not None or context.return_state):
-            raise ValueError(f"fsmn: option 'lookahead' must be 0 where a state is given or wanted; got {c.lookahead}")
+        self.refuse_state(state, context)
+        (p,) = self.open_state(state)
         p_BTD = L.full(self.down(F.relu(self.up(x_BTD))))
         y_BTD, new = ops.long_conv(
             p_BTD, self.kernel(), p_BTD.new_ones(c.d_model), lookahead=c.lookahead * c.lookahead_stride, method="direct",
-            initial_state=p, return_state=context.return_state, cu_seqlens=context.cu_seqlens,
+            **context.carry(p),
         )  # fmt: skip
         return y_BTD.to(x_BTD.dtype), self.close_state(context, *(new or ()))

@@ -3,56 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from linnet.mixers import _layers as L
 from linnet.mixers._base import Context, State
-from linnet.mixers._delta import DeltaMixer
+from linnet.mixers._delta import DeltaMixer, ValueHeadsConfig
+from linnet.mixers._options import flag, interval, share, size
 from linnet.mixers._registry import register_mixer
 
 
 @dataclass(frozen=True)
-class GatedDeltaNetConfig:
-    """Options of `gated_deltanet`.
+class GatedDeltaNetConfig(ValueHeadsConfig, mixer="gated_deltanet"):
+    head_dim: int | None = size(None, "K, key channels per head (None: 3/4 d_model / heads, to a multiple of 8)")
+    expand_v: float = share(2.0, "value channels per value head over key channels", of="key_size")
+    value_dim: int | None = size(None, "value channels per value head directly (None: from expand_v)")
+    allow_neg_eigval: bool = flag(False, "beta in (0, 2), not (0, 1)")
+    gate: bool = flag(True, "multiply the normalised output by silu(x W_g)")
+    A_range: tuple[float, float] = interval((1.0, 16.0), "exp(A_log) is uniform in it at the start")
 
-    heads: key heads. value_heads: a multiple of `heads` (None: `heads`); each key head serves value_heads / heads of them.
-    head_dim: K, key channels per head (None: 3/4 d_model / heads, rounded to a multiple of 8).
-    expand_v: value channels per value head over key channels, or value_dim directly.
-    conv_size: taps of the short convolution on q, k, v (None: none, SiLU only). allow_neg_eigval: beta in (0, 2), not (0, 1).
-    gate: multiply the normalised output by silu(x W_g). A_range: exp(A_log) is uniform in it at the start.
-    """
-
-    d_model: int
-    heads: int = 4
-    value_heads: int | None = None
-    head_dim: int | None = None
-    expand_v: float = 2.0
-    value_dim: int | None = None
-    conv_size: int | None = 4
-    allow_neg_eigval: bool = False
-    gate: bool = True
-    A_range: tuple[float, float] = (1.0, 16.0)
-    norm_eps: float = 1e-5
-    mixer: ClassVar[str] = "gated_deltanet"
-    decay: ClassVar[str] = "head"  # or "none", in mixers built on this one
-
-    def __post_init__(self):
-        L.check_positive(
-            self.mixer, d_model=self.d_model, heads=self.heads, value_heads=self.value_heads, head_dim=self.head_dim,
-            value_dim=self.value_dim, conv_size=self.conv_size,
-        )  # fmt: skip
-        L.check_number(self.mixer, 0, expand_v=self.expand_v, norm_eps=self.norm_eps)
-        object.__setattr__(self, "A_range", L.pair(self.mixer, "A_range", self.A_range))
-        if self.state_heads % self.heads:
-            L.refuse(self.mixer, "value_heads", f"a multiple of heads = {self.heads}", self.value_heads)
-        L.divided(self.mixer, "expand_v", self.key_size * self.expand_v, 1)
-
-    @property
-    def state_heads(self) -> int:
-        return self.value_heads or self.heads
+    decay = "head"  # or "none", in mixers built on this one
 
     @property
     def key_size(self) -> int:

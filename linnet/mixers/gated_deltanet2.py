@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from linnet.mixers import _layers as L
+from linnet.mixers._options import flag
 from linnet.mixers._registry import register_mixer
 from linnet.mixers.kda import KDA, KDAConfig
 
 
 @dataclass(frozen=True)
-class GatedDeltaNet2Config(KDAConfig):
-    """Options of `gated_deltanet2`: those of `kda`.
-
-    Decay and erase gate are per key head. allow_neg_eigval: erase gates in (0, 2), with which the state may grow.
-    """
-
-    mixer: ClassVar[str] = "gated_deltanet2"
+class GatedDeltaNet2Config(KDAConfig, mixer="gated_deltanet2"):
+    allow_neg_eigval: bool = flag(False, "erase gates in (0, 2), with which the state may grow")
 
     @property
     def gate_heads(self) -> int:
-        return self.heads
+        return self.heads  # decay and erase gate are per key head
 
 
 @register_mixer("gated_deltanet2")
 class GatedDeltaNet2(KDA):
-    r""" "Gated DeltaNet-2", 2026 (arXiv 2605.22791).
+    r"""Hatamizadeh, Choi & Kautz, "Gated DeltaNet-2: Decoupling Erase and Write in Linear Attention", 2026 (arXiv 2605.22791).
 
         S_t = (I - k_t (b_t * k_t)^T) Diag(alpha_t) S_{t-1} + k_t (w_t * v_t)^T,   o_t = S_t^T q_t / sqrt(K)
         b_t = sigmoid(x_t W_b) per key channel,   w_t = sigmoid(x_t W_w) per value channel,   log alpha_t and y_t as in `kda`

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from linnet.mixers import _layers as L
+from linnet.mixers._options import flag, size
 from linnet.mixers._registry import register_mixer
 from linnet.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 
 
 @dataclass(frozen=True)
-class GatedDeltaProductConfig(GatedDeltaNetConfig):
-    """Options of `gated_deltaproduct`: those of `gated_deltanet`, and householder_steps, delta-rule steps per token."""
-
-    allow_neg_eigval: bool = True
-    householder_steps: int = 2
-    mixer: ClassVar[str] = "gated_deltaproduct"
-
-    def __post_init__(self):
-        super().__post_init__()
-        L.check_positive(self.mixer, householder_steps=self.householder_steps)
+class GatedDeltaProductConfig(GatedDeltaNetConfig, mixer="gated_deltaproduct"):
+    allow_neg_eigval: bool = flag(True, "beta in (0, 2), not (0, 1)")
+    householder_steps: int = size(2, "n, delta-rule steps per token")
 
 
 @register_mixer("gated_deltaproduct")

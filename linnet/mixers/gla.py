@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from linnet import ops
 from linnet.feature_maps import FEATURE_MAPS, get_feature_map
 from linnet.mixers import _layers as L
-from linnet.mixers._base import Context, Mixer, State, StateSpec
-from linnet.mixers._options import MixerConfig, choice, flag, number, size
+from linnet.mixers._base import Context, State
+from linnet.mixers._heads import HeadConfig, HeadMixer
+from linnet.mixers._options import choice, flag, number, share, size
 from linnet.mixers._registry import register_mixer
 
 
 @dataclass(frozen=True)
-class GLAConfig(MixerConfig, mixer="gla"):
+class GLAConfig(HeadConfig, mixer="gla"):
     heads: int = size(4, "query heads")
-    kv_heads: int | None = size(None, "heads of k, v and the decay, a divisor of `heads` (None: `heads`)")
-    expand_k: float = number(0.5, "key width over d_model", above=0)
-    expand_v: float = number(1.0, "value width over d_model", above=0)
+    kv_heads: int | None = size(None, "heads of k, v and the decay, a divisor of `heads` (None: `heads`)", divides="heads")
+    expand_k: float = share(0.5, "key width over d_model", parts="heads")
     gate_rank: int = size(16, "rank of the decay projection")
     temperature: float = number(16.0, "tau: the log-decay is logsigmoid(.) / tau", above=0)
     decay_min: float | None = number(None, "clamp of the log-decay from below (None: not clamped)", below=0)
@@ -30,27 +30,13 @@ class GLAConfig(MixerConfig, mixer="gla"):
     conv_size: int | None = size(None, "width of a short convolution on q, k, v (None: none)")
     norm_eps: float = number(1e-5, "epsilon of the norm", above=0)
 
-    def check(self) -> None:
-        if self.heads % self.groups:
-            self.refuse("kv_heads", f"a divisor of heads = {self.heads}")
-        self.divide("expand_k", self.d_model * self.expand_k, self.heads)
-        self.divide("expand_v", self.d_model * self.expand_v, self.heads)
-
     @property
     def groups(self) -> int:
         return self.kv_heads or self.heads
 
-    @property
-    def key_size(self) -> int:
-        return int(self.d_model * self.expand_k / self.heads)
-
-    @property
-    def value_size(self) -> int:
-        return int(self.d_model * self.expand_v / self.heads)
-
 
 @register_mixer("gla")
-class GLA(Mixer):
+class GLA(HeadMixer):
     r"""Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training", 2023 (arXiv 2312.06635).
 
         S_t = Diag(alpha_t) S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t / sqrt(K),   alpha_t = sigmoid(x_t W_1 W_2 + b)^(1/tau)
@@ -61,34 +47,23 @@ class GLA(Mixer):
 
     Config = GLAConfig
 
-    def __init__(self, config: GLAConfig, *, layer_index: int = 0, num_layers: int = 1):
-        super().__init__(config, layer_index=layer_index, num_layers=num_layers)
-        c = config
-        self.widths = (c.heads * c.key_size, c.groups * c.key_size, c.groups * c.value_size)
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(c.d_model, width, bias=False) for width in self.widths)
-        self.conv = L.ShortConv(sum(self.widths), c.conv_size) if c.conv_size else None
+    def add_parts(self) -> None:
+        c = self.config
+        self.add_qkv(conv_size=c.conv_size)
         self.gk_proj = L.LowRank(c.d_model, c.gate_rank, c.groups * c.key_size, bias=True)
         self.g_proj = nn.Linear(c.d_model, c.heads * c.value_size, bias=False)
         self.o_norm = L.GatedRMSNorm(c.value_size, eps=c.norm_eps)
         self.o_proj = nn.Linear(c.heads * c.value_size, c.d_model, bias=False)
         self.phi = get_feature_map(c.feature_map)
-        self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        L.init_normal(self)
-
-    def state_spec(self) -> StateSpec:
+    def state_shapes(self) -> dict[str, tuple[int, ...] | None]:
         c = self.config
-        return self.make_spec(conv=self.conv.state_shape if self.conv else None, S=(c.groups, c.key_size, c.value_size))
+        return {"conv": self.conv.state_shape if self.conv else None, "S": (c.groups, c.key_size, c.value_size)}
 
     def forward(self, x_BTD: Tensor, state: State | None = None, *, context: Context | None = None) -> tuple[Tensor, State | None]:
         c, context = self.config, context or Context()
-        conv, S = self.open_state(state, "conv" if self.conv else None, "S")
-        qkv = [self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)]
-        if self.conv is not None:
-            mixed, conv = self.conv(torch.cat(qkv, -1), conv, context)
-            qkv = mixed.split(self.widths, -1)
-        q_BTHK, k_BTHK, v_BTHV = (L.split_heads(y, h) for y, h in zip(qkv, (c.heads, c.groups, c.groups), strict=True))
+        conv, S = self.open_state(state)
+        q_BTHK, k_BTHK, v_BTHV, conv = self.convolved_qkv(x_BTD, conv, context)
         g_BTHK = L.split_heads(F.logsigmoid(L.full(self.gk_proj(x_BTD))) / c.temperature, c.groups)
         if c.decay_min is not None:
             g_BTHK = g_BTHK.clamp_min(c.decay_min)
@@ -98,9 +73,8 @@ class GLA(Mixer):
             k_BTHK = k_BTHK * sign_BTHK.to(k_BTHK.dtype)
             q_BTHK = q_BTHK * sign_BTHK.to(q_BTHK.dtype).repeat_interleave(c.heads // c.groups, 2)
         o_BTHV, new = ops.linear_attention(
-            q_BTHK, k_BTHK, v_BTHV, g_BTHK, log_decay_min=None if c.allow_neg_eigval else c.decay_min, initial_state=S,
-            return_state=context.return_state, cu_seqlens=context.cu_seqlens,
-        )  # fmt: skip
+            q_BTHK, k_BTHK, v_BTHV, g_BTHK, log_decay_min=None if c.allow_neg_eigval else c.decay_min, **context.carry(S)
+        )
         if new is not None and sign_NHK is not None:
             new = (new[0] * sign_NHK.unsqueeze(-1),)
         y_BTD = self.o_proj(self.o_norm(o_BTHV, L.split_heads(self.g_proj(x_BTD), c.heads)).flatten(2))
@@ -115,9 +89,8 @@ def signed_decay(g_BTHK: Tensor, context: Context) -> tuple[Tensor, Tensor, Tens
     """
     a_BTHK = 1 + 2 * torch.expm1(g_BTHK)
     sign_BTHK = torch.where(a_BTHK < 0, -1.0, 1.0).to(g_BTHK.dtype)
-    rows = g_BTHK.shape[0] if context.cu_seqlens is None else context.cu_seqlens.numel() - 1
     product_BTHK, last = ops.scan(
-        torch.zeros_like(sign_BTHK), a=sign_BTHK, initial_state=(sign_BTHK.new_ones((rows, *sign_BTHK.shape[2:])),),
+        torch.zeros_like(sign_BTHK), a=sign_BTHK, initial_state=(sign_BTHK.new_ones((context.rows(g_BTHK), *sign_BTHK.shape[2:])),),
         return_state=True, cu_seqlens=context.cu_seqlens,
     )  # fmt: skip
     return a_BTHK.abs().clamp_min(1e-6).log(), product_BTHK, last[0]

@@ -9,47 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linnet import ops
-from linnet.feature_maps import get_feature_map
+from linnet.feature_maps import FEATURE_MAPS, get_feature_map
 from linnet.mixers import _layers as L
-from linnet.mixers._base import Context, Mixer, State, StateSpec
+from linnet.mixers._base import Context, State
+from linnet.mixers._heads import HeadConfig, HeadMixer
+from linnet.mixers._options import choice, number, size
 from linnet.mixers._registry import register_mixer
 
 
 @dataclass(frozen=True)
-class GSAConfig:
-    """Options of `gsa`.
-
-    slots: M, memory slots of a head (None: its key channels). expand_k, expand_v: key and value width over d_model.
-    temperature: tau, the log-decay is logsigmoid(.) / tau. feature_map: of q and k. scale: of the slot scores.
-    """
-
-    d_model: int
-    heads: int = 4
-    slots: int | None = None
-    expand_k: float = 1.0
-    expand_v: float = 1.0
-    temperature: float = 8.0
-    feature_map: str = "silu"
-    scale: float = 1.0
-    norm_eps: float = 1e-5
-
-    def __post_init__(self):
-        L.check_positive("gsa", d_model=self.d_model, heads=self.heads, slots=self.slots)
-        L.check_number(
-            "gsa", 0, expand_k=self.expand_k, expand_v=self.expand_v, temperature=self.temperature, scale=self.scale,
-            norm_eps=self.norm_eps,
-        )  # fmt: skip
-        L.check_feature_map("gsa", feature_map=self.feature_map)
-        L.divided("gsa", "expand_k", self.d_model * self.expand_k, self.heads)
-        L.divided("gsa", "expand_v", self.d_model * self.expand_v, self.heads)
-
-    @property
-    def key_size(self) -> int:
-        return int(self.d_model * self.expand_k / self.heads)
-
-    @property
-    def value_size(self) -> int:
-        return int(self.d_model * self.expand_v / self.heads)
+class GSAConfig(HeadConfig, mixer="gsa"):
+    slots: int | None = size(None, "M, memory slots of a head (None: its key channels)")
+    temperature: float = number(8.0, "tau: the log-decay is logsigmoid(.) / tau", above=0)
+    feature_map: str = choice("silu", "feature map of q and k", *FEATURE_MAPS)
+    scale: float = number(1.0, "scale of the slot scores", above=0)
+    norm_eps: float = number(1e-5, "epsilon of the output norm", above=0)
 
     @property
     def memory(self) -> int:
@@ -57,7 +31,7 @@ class GSAConfig:
 
 
 @register_mixer("gsa")
-class GSA(Mixer):
+class GSA(HeadMixer):
     r"""Zhang et al., "Gated Slot Attention for Efficient Linear-Time Sequence Modeling", 2024 (arXiv 2409.07146).
 
         alpha_t = sigmoid(x_t W_f)^(1/tau)                                                          [M]
@@ -71,37 +45,30 @@ class GSA(Mixer):
 
     Config = GSAConfig
 
-    def __init__(self, config: GSAConfig, *, layer_index: int = 0, num_layers: int = 1):
-        super().__init__(config, layer_index=layer_index, num_layers=num_layers)
-        c = config
-        self.q_proj, self.k_proj = (nn.Linear(c.d_model, c.heads * c.key_size, bias=False) for _ in range(2))
-        self.v_proj = nn.Linear(c.d_model, c.heads * c.value_size, bias=False)
+    def add_parts(self) -> None:
+        c = self.config
+        self.add_qkv()
         self.f_proj = nn.Linear(c.d_model, c.heads * c.memory, bias=False)
         self.o_norm = L.RMSNorm(c.heads * c.value_size, eps=c.norm_eps)
         self.o_proj = nn.Linear(c.heads * c.value_size, c.d_model, bias=False)
         self.phi = get_feature_map(c.feature_map)
-        self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        L.init_normal(self)
-
-    def state_spec(self) -> StateSpec:
+    def state_shapes(self) -> dict[str, tuple[int, ...] | None]:
         c = self.config
-        return self.make_spec(R=(c.heads, c.memory, c.key_size), U=(c.heads, c.memory, c.value_size))
+        return {"R": (c.heads, c.memory, c.key_size), "U": (c.heads, c.memory, c.value_size)}
 
     def forward(self, x_BTD: Tensor, state: State | None = None, *, context: Context | None = None) -> tuple[Tensor, State | None]:
         c, context = self.config, context or Context()
-        R, U = self.open_state(state, "R", "U")
-        options = {"return_state": context.return_state, "cu_seqlens": context.cu_seqlens, "scale": 1.0}
-        q_BTHK, k_BTHK, v_BTHV = (L.split_heads(p(x_BTD), c.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        R, U = self.open_state(state)
+        q_BTHK, k_BTHK, v_BTHV = self.qkv(x_BTD)
         q_BTHK, k_BTHK, v_BTHV = self.phi(q_BTHK) * c.scale, self.phi(k_BTHK), F.silu(v_BTHV)
         g_BTHM = L.split_heads(F.logsigmoid(L.full(self.f_proj(x_BTD))) / c.temperature, c.heads)
         write_BTHM = -torch.expm1(g_BTHM).to(v_BTHV.dtype)
         scores, R = ops.linear_attention(
-            q_BTHK, k_BTHK, write_BTHM.flatten(2).unsqueeze(-1), g_BTHM.flatten(2), **options,
-            initial_state=None if R is None else R.flatten(1, 2).unsqueeze(-1),
+            q_BTHK, k_BTHK, write_BTHM.flatten(2).unsqueeze(-1), g_BTHM.flatten(2), scale=1.0,
+            **context.carry(None if R is None else R.flatten(1, 2).unsqueeze(-1)),
         )  # fmt: skip
         p_BTHM = L.full(scores.squeeze(-1).unflatten(2, (c.heads, c.memory))).softmax(-1).to(v_BTHV.dtype)
-        o_BTHV, U = ops.linear_attention(p_BTHM, write_BTHM, v_BTHV, g_BTHM, initial_state=U, **options)
+        o_BTHV, U = ops.linear_attention(p_BTHM, write_BTHM, v_BTHV, g_BTHM, scale=1.0, **context.carry(U))
         R = None if R is None else R[0].squeeze(-1).unflatten(1, (c.heads, c.memory))
         return self.o_proj(self.o_norm(F.silu(o_BTHV.flatten(2)))), self.close_state(context, R, *(U or ()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,31 +10,26 @@ from torch import Tensor, nn
 from linnet.feature_maps import hedgehog_features
 from linnet.mixers import _layers as L
 from linnet.mixers._kernel import HeadMap, KernelAttention, KernelConfig
+from linnet.mixers._options import choice, flag
 from linnet.mixers._registry import register_mixer
 
 
 @dataclass(frozen=True)
-class HedgehogConfig(KernelConfig):
-    """Options of `hedgehog`.
+class HedgehogConfig(KernelConfig, mixer="hedgehog"):
+    feature_map: str = choice(
+        "softmax_halves",
+        'of u = W x + b: "exp" [exp(u), exp(-u)], the paper\'s formula; "softmax" over [2u, -2u] (flash-linear-attention); '
+        '"softmax_halves" [softmax(u), softmax(-u)] and "exp_max" [exp(u - max u), exp(-u + min u)] (LoLCATs); weights trained '
+        "with one do not fit another",
+        "exp", "softmax", "softmax_halves", "exp_max",
+    )  # fmt: skip
+    map_bias: bool = flag(True, "whether the map has b")
+    tied: bool = flag(False, "one map for q and k (then heads = kv_heads)")
 
-    feature_map: of u = W x + b; "exp" [exp(u), exp(-u)], the paper's formula; "softmax" over [2u, -2u]
-        (flash-linear-attention); "softmax_halves" [softmax(u), softmax(-u)] and "exp_max" [exp(u - max u), exp(-u + min u)]
-        (LoLCATs). Weights trained with one do not fit another.
-    map_bias: whether the map has b. tied: one map for q and k (then heads = kv_heads). The others: `KernelConfig`.
-    """
-
-    mixer: ClassVar[str] = "hedgehog"
-
-    feature_map: str = "softmax_halves"
-    map_bias: bool = True
-    tied: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        L.check_choice("hedgehog", ("exp", "softmax", "softmax_halves", "exp_max"), feature_map=self.feature_map)
-        L.check_choice("hedgehog", (True, False), map_bias=self.map_bias, tied=self.tied)
+    def check(self) -> None:
+        super().check()
         if self.tied and self.groups != self.heads:
-            L.refuse("hedgehog", "tied", "False where kv_heads is not heads", self.tied)
+            self.refuse("tied", "False where kv_heads is not heads")
 
     @property
     def features(self) -> int:
@@ -56,13 +50,12 @@ class Hedgehog(KernelAttention):
 
     Config = HedgehogConfig
 
-    def __init__(self, config: HedgehogConfig, *, layer_index: int = 0, num_layers: int = 1):
-        super().__init__(config, layer_index=layer_index, num_layers=num_layers)
-        c = config
+    def add_parts(self) -> None:
+        super().add_parts()
+        c = self.config
         self.gain = c.feature_map == "exp"
         self.q_map = HeadMap(c.heads, c.key_size, c.key_size, bias=c.map_bias)
         self.k_map = None if c.tied else HeadMap(c.groups, c.key_size, c.key_size, bias=c.map_bias)
-        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

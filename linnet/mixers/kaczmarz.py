@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from linnet.mixers import _layers as L
 from linnet.mixers._base import Context, State
+from linnet.mixers._options import flag, number
 from linnet.mixers._registry import register_mixer
 from linnet.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 
 
 @dataclass(frozen=True)
-class KaczmarzConfig(GatedDeltaNetConfig):
-    """Options of `kaczmarz`: those of `gated_deltanet` (allow_neg_eigval: eta in (0, 2)), and key_eps, added to |k|^2."""
-
-    key_eps: float = 1e-4
-    mixer: ClassVar[str] = "kaczmarz"
-
-    def __post_init__(self):
-        super().__post_init__()
-        L.check_number(self.mixer, 0, key_eps=self.key_eps)
+class KaczmarzConfig(GatedDeltaNetConfig, mixer="kaczmarz"):
+    allow_neg_eigval: bool = flag(False, "eta in (0, 2), not (0, 1)")
+    key_eps: float = number(1e-4, "added to |k|^2", above=0)
 
 
 @register_mixer("kaczmarz")
 class Kaczmarz(GatedDeltaNet):
-    r""" "Kaczmarz Linear Attention", 2026 (arXiv 2605.08587).
+    r"""Zou, Ren & Liu, "Kaczmarz Linear Attention", 2026 (arXiv 2605.08587).
 
         S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,   o_t = S_t^T q_t / sqrt(K)
         beta_t = eta_t / (|k_t|^2 + eps),   eta_t = sigmoid(x_t W_b),   log alpha_t and y_t as in `gated_deltanet`

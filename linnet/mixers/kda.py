@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,66 +11,30 @@ from torch import Tensor, nn
 
 from linnet.mixers import _layers as L
 from linnet.mixers._base import Context, State
-from linnet.mixers._delta import DeltaMixer
+from linnet.mixers._delta import DeltaMixer, ValueHeadsConfig
+from linnet.mixers._options import choice, flag, number, size
 from linnet.mixers._registry import register_mixer
 
 
 @dataclass(frozen=True)
-class KDAConfig:
-    """Options of `kda`.
-
-    heads: key heads. value_heads: a multiple of `heads` (None: `heads`); decay and write strength are per value head.
-    head_dim: K, key channels per head (None: d_model / heads). expand_v: value channels per value head over key channels.
-    decay_gate: "softplus" g = -exp(A_log) softplus(f + dt_bias); "safe" g = decay_min sigmoid(exp(A_log) (f + dt_bias)).
-    gate_rank: rank of the projections of decay and output gate (None: value channels per head; 0: full matrices).
-    gate: activation of the output gate, "sigmoid" or "silu". gate_bias: whether its projection has a bias.
-    conv_size: taps of the short convolution on q, k, v (None: none, SiLU only). allow_neg_eigval: beta in (0, 2), not (0, 1).
-    """
-
-    d_model: int
-    heads: int = 4
-    value_heads: int | None = None
-    head_dim: int | None = None
-    expand_v: float = 1.0
-    decay_gate: str = "softplus"
-    decay_min: float = -5.0
-    gate_rank: int | None = None
-    gate: str = "sigmoid"
-    gate_bias: bool = True
-    conv_size: int | None = 4
-    allow_neg_eigval: bool = False
-    norm_eps: float = 1e-5
-    mixer: ClassVar[str] = "kda"
-
-    def __post_init__(self):
-        L.check_positive(
-            self.mixer, d_model=self.d_model, heads=self.heads, value_heads=self.value_heads, head_dim=self.head_dim,
-            conv_size=self.conv_size, gate_rank=self.gate_rank or None,
-        )  # fmt: skip
-        L.check_number(self.mixer, 0, expand_v=self.expand_v, norm_eps=self.norm_eps)
-        L.check_number(self.mixer, float("-inf"), 0, decay_min=self.decay_min)
-        L.check_choice(self.mixer, ("softplus", "safe"), decay_gate=self.decay_gate)
-        L.check_choice(self.mixer, ("sigmoid", "silu"), gate=self.gate)
-        if self.state_heads % self.heads:
-            L.refuse(self.mixer, "value_heads", f"a multiple of heads = {self.heads}", self.value_heads)
-        L.divided(self.mixer, "expand_v", self.key_size * self.expand_v, 1)
-
-    @property
-    def state_heads(self) -> int:
-        return self.value_heads or self.heads
+class KDAConfig(ValueHeadsConfig, mixer="kda"):
+    decay_gate: str = choice(
+        "softplus",
+        '"softplus" g = -exp(A_log) softplus(f + dt_bias); "safe" g = decay_min sigmoid(exp(A_log) (f + dt_bias))',
+        "softplus", "safe",
+    )  # fmt: skip
+    decay_min: float = number(-5.0, "lower bound of the safe gate's log-decay", below=0)
+    gate_rank: int | None = size(
+        None, "rank of the projections of decay and output gate (None: value channels per head; 0: full matrices)", least=0
+    )
+    gate: str = choice("sigmoid", "activation of the output gate", "sigmoid", "silu")
+    gate_bias: bool = flag(True, "whether the output gate's projection has a bias")
+    allow_neg_eigval: bool = flag(False, "beta in (0, 2), not (0, 1)")
 
     @property
     def gate_heads(self) -> int:
         """Heads of the decay."""
         return self.state_heads
-
-    @property
-    def key_size(self) -> int:
-        return self.head_dim or L.divided(self.mixer, "heads", self.d_model, self.heads)
-
-    @property
-    def value_size(self) -> int:
-        return int(self.key_size * self.expand_v)
 
 
 @register_mixer("kda")

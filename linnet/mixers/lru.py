@@ -10,34 +10,22 @@ from torch import Tensor, nn
 
 from linnet import ops
 from linnet.mixers import _layers as L
-from linnet.mixers._base import Context, Mixer, State, StateSpec
+from linnet.mixers._base import Context, Mixer, State
+from linnet.mixers._options import MixerConfig, choice, flag, interval, number, size
 from linnet.mixers._registry import register_mixer
 
 
 @dataclass(frozen=True)
-class LRUConfig:
-    """Options of `lru`.
+class LRUConfig(MixerConfig, mixer="lru"):
+    d_state: int | None = size(None, "N, complex state channels (None: d_model)")
+    radius: tuple[float, float] = interval((0.0, 1.0), "(r_min, r_max) of |lambda| at the start, uniform on that ring of the disc")
+    max_phase: float = number(6.28, "phases at the start are uniform in [0, max_phase]", above=0)
+    gamma: bool = flag(True, "normalise the input by a learned factor that starts at sqrt(1 - |lambda|^2)")
+    output: str = choice("glu", 'after GELU: "glu", "linear"; "none": y itself', "glu", "linear", "none")
 
-    d_state: N, complex state channels (None: d_model). radius: (r_min, r_max), |lambda| at the start, uniform on that ring of the
-    disc. max_phase: phases at the start are uniform in [0, max_phase]. gamma: normalise the input by a learned factor that starts
-    at sqrt(1 - |lambda|^2). output: after GELU, "glu", "linear" or "none".
-    """
-
-    d_model: int
-    d_state: int | None = None
-    radius: tuple[float, float] = (0.0, 1.0)
-    max_phase: float = 6.28
-    gamma: bool = True
-    output: str = "glu"
-
-    def __post_init__(self):
-        L.check_positive("lru", d_model=self.d_model, d_state=self.d_state)
-        object.__setattr__(self, "radius", L.pair("lru", "radius", self.radius))
+    def check(self) -> None:
         if self.radius[1] > 1:
-            L.refuse("lru", "radius", "two numbers (low, high) with high <= 1", self.radius)
-        L.check_number("lru", 0, max_phase=self.max_phase)
-        L.check_choice("lru", (False, True), gamma=self.gamma)
-        L.check_choice("lru", ("glu", "linear", "none"), output=self.output)
+            self.refuse("radius", "two numbers (low, high) with high <= 1")
 
     @property
     def size(self) -> int:
@@ -57,9 +45,8 @@ class LRU(Mixer):
 
     Config = LRUConfig
 
-    def __init__(self, config: LRUConfig, *, layer_index: int = 0, num_layers: int = 1):
-        super().__init__(config, layer_index=layer_index, num_layers=num_layers)
-        c = config
+    def add_parts(self) -> None:
+        c = self.config
         self.nu_log, self.theta_log = (nn.Parameter(torch.empty(c.size)) for _ in range(2))
         self.gamma_log = nn.Parameter(torch.empty(c.size)) if c.gamma else None
         self.B = nn.Linear(c.d_model, 2 * c.size, bias=False)
@@ -67,7 +54,6 @@ class LRU(Mixer):
         self.D = nn.Parameter(torch.empty(c.d_model))
         width = {"glu": 2 * c.d_model, "linear": c.d_model, "none": 0}[c.output]
         self.out_proj = nn.Linear(c.d_model, width) if width else None
-        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -82,20 +68,18 @@ class LRU(Mixer):
         nn.init.normal_(self.C.weight, std=c.size**-0.5)
         nn.init.normal_(self.D)
 
-    def state_spec(self) -> StateSpec:
-        return self.make_spec(h=(self.config.size, 2))
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"h": (self.config.size, 2)}
 
     def forward(self, x_BTD: Tensor, state: State | None = None, *, context: Context | None = None) -> tuple[Tensor, State | None]:
         context = context or Context()
-        (h,) = self.open_state(state, "h")
+        (h,) = self.open_state(state)
         a_N = torch.polar((-L.full(self.nu_log).exp()).exp(), L.full(self.theta_log).exp())
         u_BTN = torch.complex(*L.full(self.B(x_BTD)).chunk(2, -1))
         if self.gamma_log is not None:
             u_BTN = u_BTN * L.full(self.gamma_log).exp()
         h = None if h is None else torch.view_as_complex(h.to(a_N.real.dtype).contiguous())
-        h_BTN, new = ops.scan(
-            u_BTN, a=a_N, initial_state=h, return_state=context.return_state, cu_seqlens=context.cu_seqlens
-        )  # fmt: skip
+        h_BTN, new = ops.scan(u_BTN, a=a_N, **context.carry(h))
         y_BTD = self.C(torch.cat((h_BTN.real, -h_BTN.imag), -1).to(x_BTD.dtype)) + self.D * x_BTD
         if self.out_proj is not None:
             y_BTD = self.out_proj(F.gelu(y_BTD))

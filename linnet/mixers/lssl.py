@@ -11,33 +11,18 @@ from torch import Tensor, nn
 from linnet import ops
 from linnet.mixers import _layers as L
 from linnet.mixers import _ssm as S
-from linnet.mixers._base import Context, Mixer, State, StateSpec
+from linnet.mixers._base import Context, Mixer, State
+from linnet.mixers._options import choice, size
 from linnet.mixers._registry import register_mixer
 
 
 @dataclass(frozen=True)
-class LSSLConfig:
-    """Options of `lssl`.
-
-    d_state: N, state size per channel (the authors: up to 256). channels: M, outputs per channel before the projection.
-    discretization: "bilinear" (the authors' default), "backward" (Euler), "zoh". dt_min, dt_max: log-uniform step sizes at the
-    start. mode: "auto" convolves where no state is needed, "recurrent" always steps the state.
-    """
-
-    d_model: int
-    d_state: int = 64
-    channels: int = 1
-    discretization: str = "bilinear"
-    dt_min: float = 1e-3
-    dt_max: float = 0.1
-    mode: str = "auto"
-
-    def __post_init__(self):
-        L.check_positive("lssl", d_model=self.d_model, d_state=self.d_state, channels=self.channels)
-        L.check_choice("lssl", ("bilinear", "backward", "zoh"), discretization=self.discretization)
-        L.check_choice("lssl", S.MODES, mode=self.mode)
-        L.check_number("lssl", 0, dt_min=self.dt_min)
-        L.check_number("lssl", self.dt_min, dt_max=self.dt_max)
+class LSSLConfig(S.SSMConfig, mixer="lssl"):
+    d_state: int = size(64, "N, state size per channel (the authors: up to 256)")
+    channels: int = size(1, "M, outputs per channel before the projection")
+    discretization: str = choice(
+        "bilinear", '"bilinear" (the authors\' default), "backward" (Euler) or "zoh"', "bilinear", "backward", "zoh"
+    )
 
 
 @register_mixer("lssl")
@@ -55,14 +40,12 @@ class LSSL(Mixer):
     Config = LSSLConfig
     no_weight_decay = ("C", "D")
 
-    def __init__(self, config: LSSLConfig, *, layer_index: int = 0, num_layers: int = 1):
-        super().__init__(config, layer_index=layer_index, num_layers=num_layers)
-        c = config
+    def add_parts(self) -> None:
+        c = self.config
         self.log_dt = nn.Parameter(torch.empty(c.d_model))
         self.C = nn.Parameter(torch.empty(c.d_model, c.channels, c.d_state))
         self.D = nn.Parameter(torch.empty(c.d_model, c.channels))
         self.out_proj = nn.Linear(c.d_model * c.channels, c.d_model)
-        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -71,8 +54,8 @@ class LSSL(Mixer):
         nn.init.normal_(self.C)
         nn.init.normal_(self.D)
 
-    def state_spec(self) -> StateSpec:
-        return self.make_spec(x=(self.config.d_model, self.config.d_state))
+    def state_shapes(self) -> dict[str, tuple[int, ...] | None]:
+        return {"x": (self.config.d_model, self.config.d_state)}
 
     def system(self) -> tuple[Tensor, Tensor, Tensor]:
         """(Abar [D, N, N], Bbar [D, N, 1], C [D, M, N]) in fp64: powers of Abar lose digits."""
@@ -82,7 +65,7 @@ class LSSL(Mixer):
 
     def forward(self, x_BTD: Tensor, state: State | None = None, *, context: Context | None = None) -> tuple[Tensor, State | None]:
         c, context = self.config, context or Context()
-        (x,) = self.open_state(state, "x")
+        (x,) = self.open_state(state)
         u = L.full(x_BTD).repeat_interleave(c.channels, -1)  # output m of channel d is d * M + m
         if c.mode == "auto" and x is None and not context.return_state:
             kernel = S.krylov_kernel(*self.system(), x_BTD.shape[1]).to(u.dtype)

@@ -11,71 +11,26 @@ from torch import Tensor, nn
 
 from linnet import ops
 from linnet.mixers import _layers as L
-from linnet.mixers._base import Context, Mixer, State, StateSpec
+from linnet.mixers._base import Context, Mixer, State
+from linnet.mixers._options import flag, interval, size
 from linnet.mixers._registry import register_mixer
+from linnet.mixers._ssd import SSDConfig
 
 
 @dataclass(frozen=True)
-class Mamba2Config:
-    """Options of `mamba2`.
+class Mamba2Config(SSDConfig, mixer="mamba2"):
+    norm_groups: int | None = size(None, "blocks of the gated norm (None: `groups`, the authors' code; transformers 5.17 has 1)")
+    d_conv: int = size(4, "taps of the short convolution")
+    dt_limit: tuple[float, float] | None = interval(None, "(low, high) clamp of the step size")
+    norm_before_gate: bool = flag(False, "RMSNorm(y) * silu(z) instead of the published RMSNorm(y * silu(z))")
+    A_range: tuple[float, float] = interval((1.0, 16.0), "-A is uniform in it at the start")
+    bias: bool = flag(False, "biases of the projections")
+    conv_bias: bool = flag(True, "bias of the convolution")
 
-    heads: H (None: inner width / head_dim). head_dim: P, value channels per head (None: inner width / heads, 64 without both).
-    d_state: N, key channels. groups: heads of B and C, a divisor of `heads`.
-    norm_groups: blocks of the gated norm (None: `groups`, the authors' code; transformers 5.17 has 1).
-    expand: inner width over d_model. d_conv: taps of the short convolution. dt_limit: (low, high) clamp of the step size.
-    norm_before_gate: RMSNorm(y) * silu(z) instead of the published RMSNorm(y * silu(z)).
-    A_range: -A is uniform in it at the start. dt_min, dt_max, dt_floor: the step sizes at the start. bias, conv_bias: biases.
-    """
-
-    d_model: int
-    heads: int | None = None
-    head_dim: int | None = None
-    d_state: int = 128
-    groups: int = 1
-    norm_groups: int | None = None
-    expand: float = 2
-    d_conv: int = 4
-    dt_limit: tuple[float, float] | None = None
-    norm_before_gate: bool = False
-    norm_eps: float = 1e-5
-    A_range: tuple[float, float] = (1.0, 16.0)
-    dt_min: float = 1e-3
-    dt_max: float = 0.1
-    dt_floor: float = 1e-4
-    bias: bool = False
-    conv_bias: bool = True
-
-    def __post_init__(self):
-        L.check_positive(
-            "mamba2", d_model=self.d_model, heads=self.heads, head_dim=self.head_dim, d_state=self.d_state, groups=self.groups,
-            norm_groups=self.norm_groups, d_conv=self.d_conv,
-        )  # fmt: skip
-        L.check_number("mamba2", 0, expand=self.expand, norm_eps=self.norm_eps, dt_min=self.dt_min, dt_floor=self.dt_floor)
-        L.check_number("mamba2", self.dt_min, dt_max=self.dt_max)
-        for name in ("dt_limit", "A_range"):
-            if getattr(self, name) is not None or name == "A_range":
-                object.__setattr__(self, name, L.pair("mamba2", name, getattr(self, name)))
-        width = L.divided("mamba2", "expand", self.d_model * self.expand, 1)
-        size = self.head_dim or (L.divided("mamba2", "heads", width, self.heads) if self.heads else 64)
-        heads = self.heads or L.divided("mamba2", "head_dim", width, size)
-        if heads * size != width:
-            L.refuse("mamba2", "head_dim", f"{width} / {heads}, inner width over heads", self.head_dim)
-        if heads % self.groups:
-            L.refuse("mamba2", "groups", f"a divisor of heads = {heads}", self.groups)
-        if width % (self.norm_groups or self.groups):
-            L.refuse("mamba2", "norm_groups", f"a divisor of the inner width {width}", self.norm_groups)
-
-    @property
-    def width(self) -> int:
-        return int(self.d_model * self.expand)
-
-    @property
-    def value_size(self) -> int:
-        return self.head_dim or (self.width // self.heads if self.heads else 64)
-
-    @property
-    def state_heads(self) -> int:
-        return self.width // self.value_size
+    def check(self) -> None:
+        super().check()
+        if self.width % (self.norm_groups or self.groups):
+            self.refuse("norm_groups", f"a divisor of the inner width {self.width}")
 
 
 @register_mixer("mamba2")
@@ -94,9 +49,8 @@ class Mamba2(Mixer):
     Config = Mamba2Config
     no_weight_decay = ("A_log", "D", "dt_bias")
 
-    def __init__(self, config: Mamba2Config, *, layer_index: int = 0, num_layers: int = 1):
-        super().__init__(config, layer_index=layer_index, num_layers=num_layers)
-        c = config
+    def add_parts(self) -> None:
+        c = self.config
         H, BC = c.state_heads, c.groups * c.d_state
         self.widths = (c.width, c.width + 2 * BC, H)
         self.inner = (c.width, BC, BC)
@@ -105,7 +59,6 @@ class Mamba2(Mixer):
         self.A_log, self.D, self.dt_bias = (nn.Parameter(torch.empty(H)) for _ in range(3))
         self.norm = L.GatedRMSNorm(c.width, eps=c.norm_eps, groups=c.norm_groups or c.groups, norm_before_gate=c.norm_before_gate)
         self.out_proj = nn.Linear(c.width, c.d_model, bias=c.bias)
-        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -119,13 +72,13 @@ class Mamba2(Mixer):
         L.init_dt_bias(self.dt_bias, c.dt_min, c.dt_max, c.dt_floor)
         nn.init.ones_(self.D)
 
-    def state_spec(self) -> StateSpec:
+    def state_shapes(self) -> dict[str, tuple[int, ...] | None]:
         c = self.config
-        return self.make_spec(conv=self.conv.state_shape, S=(c.state_heads, c.d_state, c.value_size))
+        return {"conv": self.conv.state_shape, "S": (c.state_heads, c.d_state, c.value_size)}
 
     def forward(self, x_BTD: Tensor, state: State | None = None, *, context: Context | None = None) -> tuple[Tensor, State | None]:
         c, context = self.config, context or Context()
-        conv, S = self.open_state(state, "conv", "S")
+        conv, S = self.open_state(state)
         z_BTE, xBC, dt_BTH = self.in_proj(x_BTD).split(self.widths, -1)
         xBC, conv = self.conv(xBC, conv, context)
         x_BTE, B_BTE, C_BTE = xBC.split(self.inner, -1)
@@ -135,8 +88,7 @@ class Mamba2(Mixer):
             delta_BTH = delta_BTH.clamp(*c.dt_limit)
         v_BTHV = (x_BTHV * delta_BTH[..., None]).to(x_BTHV.dtype)
         o_BTHV, new = ops.linear_attention(
-            C_BTGK, B_BTGK, v_BTHV, -L.full(self.A_log).exp() * delta_BTH, scale=1.0, initial_state=S,
-            return_state=context.return_state, cu_seqlens=context.cu_seqlens,
-        )  # fmt: skip
+            C_BTGK, B_BTGK, v_BTHV, -L.full(self.A_log).exp() * delta_BTH, scale=1.0, **context.carry(S)
+        )
         y_BTHV = o_BTHV + (self.D[:, None] * x_BTHV).to(o_BTHV.dtype)
         return self.out_proj(self.norm(y_BTHV.flatten(2), z_BTE)), self.close_state(context, conv, *(new or ()))

@@ -11,75 +11,34 @@ from torch import Tensor, nn
 
 from linnet import ops
 from linnet.mixers import _layers as L
-from linnet.mixers._base import Context, Mixer, State, StateSpec
+from linnet.mixers._base import Context, Mixer, State
+from linnet.mixers._options import choice, flag, number, size
 from linnet.mixers._registry import register_mixer
+from linnet.mixers._ssd import SSDConfig
 
 
 @dataclass(frozen=True)
-class Mamba3Config:
-    """Options of `mamba3`.
+class Mamba3Config(SSDConfig, mixer="mamba3"):
+    rank: int = size(1, "R, inputs and outputs per step (1: SISO; above: MIMO, the authors' 4)")
+    rope_fraction: float = number(0.5, "share of the key channels that turn", above=0, most=1)
+    pairing: str | None = choice(
+        None,
+        'channels that turn together, "interleaved" (2i, 2i+1) or "half" (i, i + K/2); None: the first for SISO, the second for '
+        "MIMO, as the authors' kernels",
+        None, "interleaved", "half",
+    )  # fmt: skip
+    decay: str = choice(
+        "heavy_tail", '-A = f(x): f(x) = 1 + x, below zero 1 / (1 - x) (the authors), or "softplus" (flash-linear-attention)',
+        "heavy_tail", "softplus",
+    )  # fmt: skip
+    A_floor: float = number(1e-4, "smallest -A", above=0)
+    output_norm: bool = flag(False, "RMSNorm(y) per head before the gate")
 
-    heads: H (None: inner width / head_dim). head_dim: V (None: inner width / heads, 64 without both). d_state: K, key channels.
-    groups: heads of B and C, a divisor of `heads`. rank: R, inputs and outputs per step (1: SISO; above: MIMO, the authors' 4).
-    expand: inner width over d_model. rope_fraction: share of the key channels that turn.
-    pairing: channels that turn together, "interleaved" (2i, 2i+1) or "half" (i, i + K/2); None: the first for SISO, the second for
-    MIMO, as the authors' kernels. decay: -A = f(x) with f(x) = 1 + x, below zero 1 / (1 - x) ("heavy_tail", the authors) or
-    "softplus" (flash-linear-attention). A_floor: smallest -A. output_norm: RMSNorm(y) per head before the gate.
-    dt_min, dt_max, dt_floor: the step sizes at the start.
-    """
-
-    d_model: int
-    heads: int | None = None
-    head_dim: int | None = None
-    d_state: int = 128
-    groups: int = 1
-    rank: int = 1
-    expand: float = 2
-    rope_fraction: float = 0.5
-    pairing: str | None = None
-    decay: str = "heavy_tail"
-    A_floor: float = 1e-4
-    output_norm: bool = False
-    norm_eps: float = 1e-5
-    dt_min: float = 1e-3
-    dt_max: float = 0.1
-    dt_floor: float = 1e-4
-
-    def __post_init__(self):
-        name = "mamba3"
-        L.check_positive(
-            name, d_model=self.d_model, heads=self.heads, head_dim=self.head_dim, d_state=self.d_state, groups=self.groups,
-            rank=self.rank,
-        )  # fmt: skip
-        L.check_number(name, 0, expand=self.expand, norm_eps=self.norm_eps, dt_min=self.dt_min, dt_floor=self.dt_floor)
-        L.check_number(name, self.dt_min, dt_max=self.dt_max)
-        L.check_number(name, 0, A_floor=self.A_floor)
-        L.check_choice(name, (None, "interleaved", "half"), pairing=self.pairing)
-        L.check_choice(name, ("heavy_tail", "softplus"), decay=self.decay)
-        L.check_choice(name, (False, True), output_norm=self.output_norm)
-        L.divided(name, "d_state", self.d_state, 2)
-        turning = self.d_state * self.rope_fraction / 2 if isinstance(self.rope_fraction, (int, float)) else 0
-        if turning != int(turning) or not 0 < turning <= self.d_state / 2:
-            L.refuse(name, "rope_fraction", f"in (0, 1] and turn an even number of the {self.d_state} channels", self.rope_fraction)
-        width = L.divided(name, "expand", self.d_model * self.expand, 1)
-        size = self.head_dim or (L.divided(name, "heads", width, self.heads) if self.heads else 64)
-        heads = self.heads or L.divided(name, "head_dim", width, size)
-        if heads * size != width:
-            L.refuse(name, "head_dim", f"{width} / {heads}, inner width over heads", self.head_dim)
-        if heads % self.groups:
-            L.refuse(name, "groups", f"a divisor of heads = {heads}", self.groups)
-
-    @property
-    def width(self) -> int:
-        return int(self.d_model * self.expand)
-
-    @property
-    def value_size(self) -> int:
-        return self.head_dim or (self.width // self.heads if self.heads else 64)
-
-    @property
-    def state_heads(self) -> int:
-        return self.width // self.value_size
+    def check(self) -> None:
+        self.divide("d_state", self.d_state, 2)
+        if self.d_state * self.rope_fraction % 2:
+            self.refuse("rope_fraction", f"such that it turns an even number of the {self.d_state} channels")
+        super().check()
 
     @property
     def angles(self) -> int:
@@ -88,7 +47,7 @@ class Mamba3Config:
 
 @register_mixer("mamba3")
 class Mamba3(Mixer):
-    r"""Mamba-3, 2026 (arXiv 2603.15569).
+    r"""Lahoti et al., "Mamba-3: Improved Sequence Modeling using State Space Principles", 2026 (arXiv 2603.15569).
 
         (z, v, B, C, dt, a, trap, theta) = split(x W_in),  delta = softplus(dt + dt_bias),  A = -f(a),  lambda = sigmoid(trap)
         alpha = exp(A delta),   phi_t = phi_{t-1} + pi tanh(theta_t) delta_t
@@ -108,9 +67,8 @@ class Mamba3(Mixer):
     Config = Mamba3Config
     no_weight_decay = ("B_bias", "C_bias", "M_x", "M_z", "M_o")
 
-    def __init__(self, config: Mamba3Config, *, layer_index: int = 0, num_layers: int = 1):
-        super().__init__(config, layer_index=layer_index, num_layers=num_layers)
-        c = config
+    def add_parts(self) -> None:
+        c = self.config
         H, BC = c.state_heads, c.rank * c.groups * c.d_state
         self.widths = (c.width, c.width, BC, BC, H, H, H, c.angles)
         self.in_proj = nn.Linear(c.d_model, sum(self.widths), bias=False)
@@ -123,7 +81,6 @@ class Mamba3(Mixer):
             self.M_x = self.M_z = self.M_o = None
         self.norm = L.GatedRMSNorm(c.width, eps=c.norm_eps, groups=H) if c.output_norm else None
         self.out_proj = nn.Linear(c.width, c.d_model, bias=False)
-        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -137,10 +94,10 @@ class Mamba3(Mixer):
             for maps in (self.M_x, self.M_o):
                 nn.init.constant_(maps, 1 / c.rank)
 
-    def state_spec(self) -> StateSpec:
+    def state_shapes(self) -> dict[str, tuple[int, ...] | None]:
         c, H = self.config, self.config.state_heads
         last = H * (c.rank * c.d_state + c.value_size + 1)
-        return self.make_spec(phi=(H, c.angles), last=(last,), S=(H, c.d_state, c.value_size))
+        return {"phi": (H, c.angles), "last": (last,), "S": (H, c.d_state, c.value_size)}
 
     def turn(self, x_BTHRK: Tensor, phi_BTHA: Tensor) -> Tensor:
         """Channel pairs turned by the angles; pairs beyond the angles stay."""
@@ -155,20 +112,17 @@ class Mamba3(Mixer):
 
     def forward(self, x_BTD: Tensor, state: State | None = None, *, context: Context | None = None) -> tuple[Tensor, State | None]:
         c, context = self.config, context or Context()
-        phi, last, S = self.open_state(state, "phi", "last", "S")
-        H, R, keep = c.state_heads, c.rank, {"return_state": context.return_state, "cu_seqlens": context.cu_seqlens}
+        phi, last, S = self.open_state(state)
+        H, R = c.state_heads, c.rank
         z, v, B, C, dt_BTH, a_BTH, trap_BTH, theta_BTA = self.in_proj(x_BTD).split(self.widths, -1)
-        delta_BTH, lam_BTH, a_BTH = (
-            F.softplus(L.full(dt_BTH) + L.full(self.dt_bias)),
-            torch.sigmoid(L.full(trap_BTH)),
-            L.full(a_BTH),
-        )
+        delta_BTH = F.softplus(L.full(dt_BTH) + L.full(self.dt_bias))
+        lam_BTH, a_BTH = torch.sigmoid(L.full(trap_BTH)), L.full(a_BTH)
         # f(a) without a division by zero in the branch that is not taken
         f_BTH = F.softplus(a_BTH) if c.decay == "softplus" else torch.where(a_BTH > 0, 1 + a_BTH, 1 / (1 - a_BTH.clamp_max(0)))
         g_BTH = -f_BTH.clamp_min(c.A_floor) * delta_BTH
 
         turns_BTHA = (math.pi * torch.tanh(L.full(theta_BTA))[:, :, None] * delta_BTH[..., None]).double()  # long sums of angles
-        phi_BTHA, phi = ops.scan(turns_BTHA, a=turns_BTHA.new_ones(H, c.angles), initial_state=phi, **keep)
+        phi_BTHA, phi = ops.scan(turns_BTHA, a=turns_BTHA.new_ones(H, c.angles), **context.carry(phi))
         phi_BTHA = phi_BTHA.remainder(2 * math.pi).to(delta_BTH.dtype)
         phi = None if phi is None else phi[0].remainder(2 * math.pi).to(delta_BTH.dtype)
 
@@ -181,14 +135,14 @@ class Mamba3(Mixer):
         ranks = lambda y_BTHV, M: y_BTHV[:, :, :, None] * L.full(M) if R > 1 else y_BTHV[:, :, :, None]
 
         now = torch.cat((k_BTHRK.flatten(2), v_BTHV.flatten(2), gain_BTH), -1)
-        before, last = ops.token_shift(now, initial_state=last, **keep)
+        before, last = ops.token_shift(now, **context.carry(last))
         k0, v0, gain0 = before.split((H * R * c.d_state, c.width, H), -1)
         w_BTH = g_BTH.exp() * (gain0 + (1 - lam_BTH) * delta_BTH)
         steps = lambda y_BTHRX: y_BTHRX.transpose(2, 3).flatten(1, 2).to(x_BTD.dtype)  # [B, T R, H, X]
         o_BTHV, new = ops.linear_attention(
             q_BTHRK.flatten(2, 3).to(x_BTD.dtype), steps(k0.unflatten(-1, (H, R, c.d_state))),
             steps(ranks(v0.unflatten(-1, (H, -1)) * w_BTH[..., None], self.M_x)), g_BTH,
-            steps_per_token=R, scale=1.0, initial_state=S, **keep,
+            steps_per_token=R, scale=1.0, **context.carry(S),
         )  # fmt: skip
         v_BTHRV = ranks(v_BTHV, self.M_x)
         scores_BTHRR = q_BTHRK @ k_BTHRK.mT * gain_BTH[..., None, None]

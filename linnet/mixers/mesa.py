@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,53 +13,19 @@ from torch import Tensor, nn
 from linnet import ops
 from linnet.mixers import _layers as L
 from linnet.mixers._base import Context, State
-from linnet.mixers._delta import DeltaMixer
+from linnet.mixers._delta import DeltaConfig, DeltaMixer
+from linnet.mixers._options import flag, number, size
 from linnet.mixers._registry import register_mixer
 from linnet.mixers._solve import gram_solve
 
 
 @dataclass(frozen=True)
-class MesaConfig:
-    """Options of `mesa`.
-
-    heads; head_dim: K, key channels per head (None: d_model / heads). expand_v: value channels per head over key channels.
-    conv_size: taps of the short convolution on q and k (None: none, SiLU only). gate: multiply the normalised output by
-        silu(x W_g).
-    cg_steps: conjugate-gradient steps per solve. ridge_min: lower bound of the regulariser; ridge_init: its start.
-    """
-
-    d_model: int
-    heads: int = 4
-    head_dim: int | None = None
-    expand_v: float = 1.0
-    conv_size: int | None = 4
-    gate: bool = False
-    cg_steps: int = 16
-    ridge_min: float = 0.25
-    ridge_init: float = 1.0
-    norm_eps: float = 1e-5
-    mixer: ClassVar[str] = "mesa"
-
-    def __post_init__(self):
-        L.check_positive(
-            self.mixer, d_model=self.d_model, heads=self.heads, head_dim=self.head_dim, conv_size=self.conv_size,
-            cg_steps=self.cg_steps,
-        )  # fmt: skip
-        L.check_number(self.mixer, 0, expand_v=self.expand_v, ridge_min=self.ridge_min, norm_eps=self.norm_eps)
-        L.check_number(self.mixer, self.ridge_min, ridge_init=self.ridge_init)
-        L.divided(self.mixer, "expand_v", self.key_size * self.expand_v, 1)
-
-    @property
-    def state_heads(self) -> int:
-        return self.heads
-
-    @property
-    def key_size(self) -> int:
-        return self.head_dim or L.divided(self.mixer, "heads", self.d_model, self.heads)
-
-    @property
-    def value_size(self) -> int:
-        return int(self.key_size * self.expand_v)
+class MesaConfig(DeltaConfig, mixer="mesa"):
+    conv_size: int | None = size(4, "taps of the short convolution on q and k (None: none, SiLU only)")
+    gate: bool = flag(False, "multiply the normalised output by silu(x W_g)")
+    cg_steps: int = size(16, "conjugate-gradient steps per solve")
+    ridge_min: float = number(0.25, "lower bound of the regulariser", above=0)
+    ridge_init: float = number(1.0, "the regulariser at the start", above="ridge_min")
 
 
 @register_mixer("mesa")
@@ -104,8 +70,5 @@ class Mesa(DeltaMixer):
         (H, Z), q, k, v = memory, L.full(q_BTHK), L.full(k_BTHK), L.full(v_BTHV)
         log_gamma_BTH, beta_BTH = F.logsigmoid(L.full(self.a_proj(x_BTD))), torch.sigmoid(L.full(self.b_proj(x_BTD)))
         solved, H = gram_solve(q, k, beta_BTH, log_gamma_BTH, self.regulariser(), H, context, self.config.cg_steps)
-        o_BTHV, new = ops.linear_attention(
-            solved, k, beta_BTH[..., None] * v, log_gamma_BTH, scale=1.0, initial_state=Z, return_state=context.return_state,
-            cu_seqlens=context.cu_seqlens,
-        )  # fmt: skip
+        o_BTHV, new = ops.linear_attention(solved, k, beta_BTH[..., None] * v, log_gamma_BTH, scale=1.0, **context.carry(Z))
         return o_BTHV.to(v_BTHV.dtype), None if new is None else (H, *new)

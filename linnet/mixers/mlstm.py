@@ -10,49 +10,26 @@ from torch import Tensor, nn
 
 from linnet import ops
 from linnet.mixers import _layers as L
-from linnet.mixers._base import Context, Mixer, State, StateSpec
+from linnet.mixers._base import Context, Mixer, State
+from linnet.mixers._heads import HeadConfig
+from linnet.mixers._options import choice, flag, number, share, size
 from linnet.mixers._registry import register_mixer
 
 
 @dataclass(frozen=True)
-class MLSTMConfig:
-    """Options of `mlstm`.
+class MLSTMConfig(HeadConfig, mixer="mlstm"):
+    heads: int = size(8, "heads")
+    expand_k: float = share(0.5, "key width over d_model", parts="heads")
+    input_gate: str = choice("exp", '"exp": e^i, kept in range by a running maximum, or "sigmoid" (TFLA)', "exp", "sigmoid")
+    normalizer: str | None = choice("floor", '"floor" divides by max(|n.q|, 1); None, for the sigmoid gate only', "floor", None)
+    soft_cap: float | None = number(15.0, "c of c tanh(x / c) on both gates' inputs (None: no cap)", above=0)
+    input_bias: float = number(-10.0, "start of the input gate's bias")
+    bias: bool = flag(False, "biases of every projection and of the norm (the gates' projections always have one)")
+    norm_eps: float = number(1e-6, "epsilon of the norm", above=0)
 
-    expand_k, expand_v: key and value width over d_model.
-    input_gate: "exp" e^i, kept in range by a running maximum, or "sigmoid" (tiled flash linear attention).
-    normalizer: "floor" divides by max(|n.q|, 1); None does not, for the sigmoid gate only.
-    soft_cap: c of c tanh(x / c) on both gates' inputs (None: no cap). input_bias: start of the input gate's bias.
-    bias: of every projection and of the norm (the gates' projections always have one).
-    """
-
-    d_model: int
-    heads: int = 8
-    expand_k: float = 0.5
-    expand_v: float = 1.0
-    input_gate: str = "exp"
-    normalizer: str | None = "floor"
-    soft_cap: float | None = 15.0
-    input_bias: float = -10.0
-    bias: bool = False
-    norm_eps: float = 1e-6
-
-    def __post_init__(self):
-        L.check_positive("mlstm", d_model=self.d_model, heads=self.heads)
-        L.check_number("mlstm", 0, expand_k=self.expand_k, expand_v=self.expand_v, soft_cap=self.soft_cap, norm_eps=self.norm_eps)
-        L.check_number("mlstm", float("-inf"), input_bias=self.input_bias)
-        L.check_choice("mlstm", ("exp", "sigmoid"), input_gate=self.input_gate)
-        L.check_choice("mlstm", ("floor",) if self.input_gate == "exp" else ("floor", None), normalizer=self.normalizer)
-        L.check_choice("mlstm", (True, False), bias=self.bias)
-        L.divided("mlstm", "expand_k", self.d_model * self.expand_k, self.heads)
-        L.divided("mlstm", "expand_v", self.d_model * self.expand_v, self.heads)
-
-    @property
-    def key_size(self) -> int:
-        return int(self.d_model * self.expand_k / self.heads)
-
-    @property
-    def value_size(self) -> int:
-        return int(self.d_model * self.expand_v / self.heads)
+    def check(self) -> None:
+        if self.input_gate == "exp" and self.normalizer is None:
+            self.refuse("normalizer", "'floor' with the exponential input gate")
 
 
 @register_mixer("mlstm")
@@ -70,16 +47,14 @@ class MLSTM(Mixer):
 
     Config = MLSTMConfig
 
-    def __init__(self, config: MLSTMConfig, *, layer_index: int = 0, num_layers: int = 1):
-        super().__init__(config, layer_index=layer_index, num_layers=num_layers)
-        c = config
+    def add_parts(self) -> None:
+        c = self.config
         keys, values = c.heads * c.key_size, c.heads * c.value_size
         self.q_proj, self.k_proj = (nn.Linear(c.d_model, keys, bias=c.bias) for _ in range(2))
         self.v_proj, self.g_proj = (nn.Linear(c.d_model, values, bias=c.bias) for _ in range(2))
         self.i_proj, self.f_proj = (nn.Linear(c.d_model, c.heads) for _ in range(2))
         self.o_norm = L.HeadLayerNorm(c.heads, c.value_size, eps=c.norm_eps, bias=c.bias)
         self.o_proj = nn.Linear(values, c.d_model, bias=c.bias)
-        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -92,24 +67,24 @@ class MLSTM(Mixer):
         self.f_proj.bias.copy_(torch.linspace(3, 6, c.heads))
         self.o_norm.reset_parameters()
 
-    def state_spec(self) -> StateSpec:
+    def state_shapes(self) -> dict[str, tuple[int, ...] | None]:
         c = self.config
-        return self.make_spec(
-            C=(c.heads, c.key_size, c.value_size), n=(c.heads, c.key_size) if c.normalizer else None, m=(c.heads,)
-        )
+        return {"C": (c.heads, c.key_size, c.value_size), "n": (c.heads, c.key_size) if c.normalizer else None, "m": (c.heads,)}
 
-    def gate(self, projection: nn.Linear, x_BTD: Tensor) -> Tensor:
-        y_BTH, cap = L.full(projection(x_BTD)), self.config.soft_cap
-        return y_BTH if cap is None else cap * torch.tanh(y_BTH / cap)
+    def remember(
+        self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, i_BTH: Tensor, f_BTH: Tensor, state: State | None, context: Context
+    ) -> tuple[Tensor, State | None]:
+        """The cell: h [B, T, H, V] from queries, keys, values and the inputs of both gates."""
+        c, gates = self.config, (L.full(i_BTH), L.full(f_BTH))
+        i_BTH, f_BTH = gates if c.soft_cap is None else (c.soft_cap * torch.tanh(g / c.soft_cap) for g in gates)
+        return ops.linear_attention(
+            q_BTHK, k_BTHK, v_BTHV, F.logsigmoid(f_BTH), log_gain=i_BTH if c.input_gate == "exp" else F.logsigmoid(i_BTH),
+            normalizer=c.normalizer, **context.carry(state),
+        )  # fmt: skip
 
     def forward(self, x_BTD: Tensor, state: State | None = None, *, context: Context | None = None) -> tuple[Tensor, State | None]:
         c, context = self.config, context or Context()
-        self.open_state(state, "C", "n" if c.normalizer else None, "m")
+        self.open_state(state)
         q_BTHK, k_BTHK, v_BTHV = (L.split_heads(p(x_BTD), c.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        i_BTH = self.gate(self.i_proj, x_BTD)
-        h_BTHV, new = ops.linear_attention(
-            q_BTHK, k_BTHK, v_BTHV, F.logsigmoid(self.gate(self.f_proj, x_BTD)), normalizer=c.normalizer,
-            log_gain=i_BTH if c.input_gate == "exp" else F.logsigmoid(i_BTH), initial_state=state,
-            return_state=context.return_state, cu_seqlens=context.cu_seqlens,
-        )  # fmt: skip
+        h_BTHV, new = self.remember(q_BTHK, k_BTHK, v_BTHV, self.i_proj(x_BTD), self.f_proj(x_BTD), state, context)
         return self.o_proj(torch.sigmoid(self.g_proj(x_BTD)) * self.o_norm(h_BTHV)), new

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,46 +14,33 @@ from linnet import ops
 from linnet.mixers import _layers as L
 from linnet.mixers._base import Context, State
 from linnet.mixers._delta import diagonal_memory
+from linnet.mixers._options import choice, flag, number, share, size
 from linnet.mixers._registry import register_mixer
 from linnet.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 
-FORGETTING = ("none", "constant", "head", "token")
-
 
 @dataclass(frozen=True)
-class OSDNConfig(GatedDeltaNetConfig):
-    """Options of `osdn`: those of `gated_deltanet` (head_dim None: d_model / heads), and
-
-    decay: of S, "none" (DeltaNet) or "head" (Gated DeltaNet).
-    forgetting: of the preconditioner: "none", "constant", learned per "head", or from the "token". keep: gamma at the start.
-    rate: eta, step size of the preconditioner. precondition_max: upper bound of d where it is used (None: none).
-    """
-
-    expand_v: float = 1.0
-    gate: bool = False
-    decay: str = "none"
-    forgetting: str = "token"
-    keep: float = 0.999
-    rate: float = 1.0
-    precondition_max: float | None = 2.0
-    mixer: ClassVar[str] = "osdn"
-
-    def __post_init__(self):
-        L.check_positive(self.mixer, d_model=self.d_model, heads=self.heads)
-        L.check_choice(self.mixer, ("none", "head"), decay=self.decay)
-        L.check_choice(self.mixer, FORGETTING, forgetting=self.forgetting)
-        L.check_number(self.mixer, 0, 1, keep=self.keep)
-        L.check_number(self.mixer, 0, rate=self.rate, precondition_max=self.precondition_max)
-        super().__post_init__()
+class OSDNConfig(GatedDeltaNetConfig, mixer="osdn"):
+    head_dim: int | None = size(None, "K, key channels per head (None: d_model / heads)")
+    expand_v: float = share(1.0, "value channels per value head over key channels", of="key_size")
+    gate: bool = flag(False, "multiply the normalised output by silu(x W_g)")
+    decay: str = choice("none", 'of S: "none" (DeltaNet) or "head" (Gated DeltaNet)', "none", "head")
+    forgetting: str = choice(
+        "token", 'of the preconditioner: "none", "constant", learned per "head", or from the "token"',
+        "none", "constant", "head", "token",
+    )  # fmt: skip
+    keep: float = number(0.999, "gamma at the start", above=0, below=1)
+    rate: float = number(1.0, "eta, step size of the preconditioner", above=0)
+    precondition_max: float | None = number(2.0, "upper bound of d where it is used (None: none)", above=0)
 
     @property
     def key_size(self) -> int:
-        return self.head_dim or L.divided(self.mixer, "heads", self.d_model, self.heads)
+        return self.head_dim or self.divide("heads", self.d_model, self.heads)
 
 
 @register_mixer("osdn")
 class OSDN(GatedDeltaNet):
-    r""" "Online Scaled DeltaNet", 2026 (OSDN, arXiv 2605.13473).
+    r"""Zhou et al., "OSDN: Improving Delta Rule with Provable Online Preconditioning in Linear Attention", 2026 (arXiv 2605.13473).
 
         S_t = S_{t-1} + beta_t (d_t * k_t) (v_t - S_{t-1}^T k_t)^T,   o_t = S_t^T q_t / sqrt(K)
         d_{t+1} = gamma_t d_t + eta (1 - d_t^T k_t^2) k_t^2,   d_1 = d_init
@@ -101,8 +88,7 @@ class OSDN(GatedDeltaNet):
         """d_t for every token [B, T, H, K] and the last d."""
         c, square_BTHK, log_keep = self.config, L.full(k_BTHK).square(), self.log_keep(x_BTD)
         if d_NHK is None:
-            rows = x_BTD.shape[0] if context.cu_seqlens is None else context.cu_seqlens.shape[0] - 1
-            d_NHK = L.full(self.d_init).expand(rows, -1, -1)
+            d_NHK = L.full(self.d_init).expand(context.rows(x_BTD), -1, -1)
         one_BTH = square_BTHK.new_ones(square_BTHK.shape[:3])
         r_BTH1, _ = ops.delta_rule(
             square_BTHK, square_BTHK, one_BTH[..., None], erase=one_BTH, write_key=c.rate * square_BTHK, log_decay=log_keep,

@@ -1,10 +1,9 @@
-"""Performer: the softmax kernel by positive orthogonal random features (FAVOR+), causal."""
+"""Performer: the softmax kernel by positive orthogonal random features (FAVOR+), causal or bidirectional."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,36 +11,19 @@ from torch import Tensor
 
 from linnet.mixers import _layers as L
 from linnet.mixers._kernel import KernelAttention, KernelConfig
+from linnet.mixers._options import choice, flag, number, size
 from linnet.mixers._registry import register_mixer
 
 
 @dataclass(frozen=True)
-class PerformerConfig(KernelConfig):
-    """Options of `performer`.
-
-    num_features: F, random features of a head (None: K ln K). kernel: "softmax" exp(w.x - |x|^2/2), or "relu" relu(w.x), the
-    generalised kernel. row_norms: lengths of the orthogonal rows w, "chi" as of Gaussian vectors or "sqrt" K^1/2.
-    feature_eps: added to every feature; for "softmax" beside a largest feature of 1. seed: of w, with the layer index. The others:
-    `KernelConfig`.
-    """
-
-    mixer: ClassVar[str] = "performer"
-
-    num_features: int | None = None
-    kernel: str = "softmax"
-    row_norms: str = "chi"
-    feature_eps: float = 1e-4
-    seed: int = 0
-    normalizer_eps: float = 0.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        L.check_positive("performer", num_features=self.num_features)
-        L.check_choice("performer", ("softmax", "relu"), kernel=self.kernel)
-        L.check_choice("performer", ("chi", "sqrt"), row_norms=self.row_norms)
-        L.check_number("performer", 0, feature_eps=self.feature_eps)
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
-            L.refuse("performer", "seed", "an integer in [0, 2^32)", self.seed)
+class PerformerConfig(KernelConfig, mixer="performer"):
+    num_features: int | None = size(None, "F, random features of a head (None: K ln K)")
+    kernel: str = choice("softmax", '"softmax" exp(w.x - |x|^2/2), or "relu" relu(w.x), the generalised kernel', "softmax", "relu")
+    row_norms: str = choice("chi", 'lengths of the rows w: "chi" as of Gaussian vectors, "sqrt" K^1/2', "chi", "sqrt")
+    feature_eps: float = number(1e-4, 'added to every feature; for "softmax" beside a largest feature of 1', above=0)
+    seed: int = size(0, "of w, with the layer index", least=0)
+    bidirectional: bool = flag(False, "every token sees the whole sequence (no state, no decoding)")
+    normalizer_eps: float = number(0.0, "added to the denominator", least=0)
 
     @property
     def features(self) -> int:
@@ -65,23 +47,23 @@ class Performer(KernelAttention):
     r"""Choromanski et al., "Rethinking Attention with Performers", 2020 (arXiv 2009.14794).
 
         phi(x) = exp(w_j.x' - |x'|^2/2) + eps,  x' = x / K^{1/4},  w orthogonal,   E[phi(q).phi(k)] = exp(q.k / sqrt(K))
-        o_t = sum_s phi(q_t).phi(k_s) v_s / (sum_s phi(q_t).phi(k_s) + eps')
+        o_t = sum_s phi(q_t).phi(k_s) v_s / (sum_s phi(q_t).phi(k_s) + eps'),   s <= t, or all s
 
-    Maps to `linnet.ops.linear_attention` with normalizer="sum", scale 1; the largest exponent of a key is its log_gain, whose
-    running maximum keeps the sums in range without looking ahead.
+    Maps to `linnet.ops.linear_attention`, or `linnet.ops.bidirectional_attention`, with normalizer="sum", scale 1; the largest
+    exponent of a key is its log_gain, which keeps the sums in range without looking ahead.
     w depends on (seed, layer) alone: it is neither trained nor saved.
-    State: S [N,H,F,V], z [N,H,F], m [N,H] (for "softmax").
+    State: S [N,H,F,V], z [N,H,F], m [N,H] (for "softmax"); none if bidirectional.
     """
 
     Config = PerformerConfig
+    future_option = "bidirectional"
 
-    def __init__(self, config: PerformerConfig, *, layer_index: int = 0, num_layers: int = 1):
-        super().__init__(config, layer_index=layer_index, num_layers=num_layers)
-        self.gain = config.kernel == "softmax"
-        seed = (config.seed << 16) + layer_index
+    def add_parts(self) -> None:
+        super().add_parts()
+        c = self.config
+        self.gain = c.kernel == "softmax"
         with torch.device("cpu"):  # also when the parameters are built on the meta device
-            self.omega_FK = orthogonal_features(config.features, config.key_size, seed, config.row_norms)
-        self.reset_parameters()
+            self.omega_FK = orthogonal_features(c.features, c.key_size, (c.seed << 16) + self.layer_index, c.row_norms)
 
     def random_features(self, x_BTHK: Tensor, omega_FK: Tensor) -> tuple[Tensor, Tensor | None]:
         """(features, log-gain [B,T,H]): features of a token with the largest one 1, and the logarithm that was taken out."""

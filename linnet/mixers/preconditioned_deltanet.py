@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,31 +12,23 @@ from torch import Tensor, nn
 from linnet.mixers import _layers as L
 from linnet.mixers._base import Context, State
 from linnet.mixers._delta import diagonal_memory
+from linnet.mixers._options import number
 from linnet.mixers._registry import register_mixer
 from linnet.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 
 
 @dataclass(frozen=True)
-class PreconditionedDeltaNetConfig(GatedDeltaNetConfig):
-    """Options of `preconditioned_deltanet`: those of `gated_deltanet`, and
-
-    precondition_max: x, the preconditioner stays in [1/x, x]; beta x <= 2 keeps the transition from growing.
-    center_init: c at the start, the log of the use at which a channel is left alone.
-    """
-
-    precondition_max: float = 1.5
-    center_init: float = -0.2
-    mixer: ClassVar[str] = "preconditioned_deltanet"
-
-    def __post_init__(self):
-        super().__post_init__()
-        L.check_number(self.mixer, 1, precondition_max=self.precondition_max)
-        L.check_number(self.mixer, float("-inf"), center_init=self.center_init)
+class PreconditionedDeltaNetConfig(GatedDeltaNetConfig, mixer="preconditioned_deltanet"):
+    precondition_max: float = number(
+        1.5, "x, the preconditioner stays in [1/x, x]; beta x <= 2 keeps the transition from growing", above=1
+    )
+    center_init: float = number(-0.2, "c at the start, the log of the use at which a channel is left alone")
 
 
 @register_mixer("preconditioned_deltanet")
 class PreconditionedDeltaNet(GatedDeltaNet):
-    r""" "Preconditioned DeltaNet", 2026 (arXiv 2604.21100).
+    r"""Tumma, Loo & Rus, "Preconditioned DeltaNet: Curvature-aware Sequence Modeling for Linear Recurrences", 2026
+    (arXiv 2604.21100).
 
         A_t = a_t A_{t-1} + c_t k_t^2,   r_t = ln(A_t + 1e-6) - center,   M_t = x^(-r_t / (1 + |r_t|))
         S_t = alpha_t S_{t-1} + beta_t (M_t * k_t) (v_t - alpha_t S_{t-1}^T k_t)^T,   o_t = S_t^T q_t / sqrt(K)

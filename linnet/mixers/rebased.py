@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor, nn
 
 from linnet.feature_maps import quadratic_features
 from linnet.mixers import _layers as L
 from linnet.mixers._kernel import KernelAttention, KernelConfig
+from linnet.mixers._options import flag, number, size
 from linnet.mixers._registry import register_mixer
 
 
 @dataclass(frozen=True)
-class ReBasedConfig(KernelConfig):
-    """Options of `rebased`.
-
-    feature_size: the width K of q and k. tied: one scale and offset for q and k (flash-linear-attention). norm_eps: of the layer
-    norm. The others: `KernelConfig`.
-    """
-
-    mixer: ClassVar[str] = "rebased"
-
-    heads: int = 16
-    feature_size: int = 16
-    tied: bool = False
-    norm_eps: float = 1e-5
-    normalizer_eps: float = 1e-5
-
-    def __post_init__(self):
-        super().__post_init__()
-        L.check_positive("rebased", feature_size=self.feature_size)
-        L.check_choice("rebased", (True, False), tied=self.tied)
-        L.check_number("rebased", 0, norm_eps=self.norm_eps)
+class ReBasedConfig(KernelConfig, mixer="rebased"):
+    heads: int = size(16, "query heads")
+    feature_size: int = size(16, "K, the width of q and k")
+    tied: bool = flag(False, "one scale and offset for q and k (flash-linear-attention)")
+    norm_eps: float = number(1e-5, "epsilon of the layer norm", above=0)
+    normalizer_eps: float = number(1e-5, "added to the denominator", least=0)
 
     @property
     def key_size(self) -> int:
@@ -57,17 +43,11 @@ class ReBased(KernelAttention):
 
     Config = ReBasedConfig
 
-    def __init__(self, config: ReBasedConfig, *, layer_index: int = 0, num_layers: int = 1):
-        super().__init__(config, layer_index=layer_index, num_layers=num_layers)
-        self.q_norm = nn.LayerNorm(config.key_size, eps=config.norm_eps)
-        self.k_norm = None if config.tied else nn.LayerNorm(config.key_size, eps=config.norm_eps)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        for norm in (self.q_norm, self.k_norm):
-            if norm is not None:
-                norm.reset_parameters()
+    def add_parts(self) -> None:
+        super().add_parts()
+        c = self.config
+        self.q_norm = nn.LayerNorm(c.key_size, eps=c.norm_eps)
+        self.k_norm = None if c.tied else nn.LayerNorm(c.key_size, eps=c.norm_eps)
 
     def phi(self, q_BTHK: Tensor, k_BTHK: Tensor, positions_BT: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         q, k = self.q_norm(q_BTHK), (self.k_norm or self.q_norm)(k_BTHK)

@@ -4,34 +4,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from linnet.mixers import _layers as L
 from linnet.mixers._base import Context, State
+from linnet.mixers._options import number
 from linnet.mixers._registry import register_mixer
 from linnet.mixers._solve import gram_solve
 from linnet.mixers.mesa import Mesa, MesaConfig
 
 
 @dataclass(frozen=True)
-class RLSConfig(MesaConfig):
-    """Options of `rls`: those of `mesa`, and keep, the forgetting factor per token (1: nothing is forgotten)."""
-
-    keep: float = 1.0
-    mixer: ClassVar[str] = "rls"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not isinstance(self.keep, (int, float)) or not 0 < self.keep <= 1:
-            L.refuse(self.mixer, "keep", "a number in (0, 1]", self.keep)
+class RLSConfig(MesaConfig, mixer="rls"):
+    keep: float = number(1.0, "forgetting factor per token (1: nothing is forgotten)", above=0, most=1)
 
 
 @register_mixer("rls")
 class RLS(Mesa):
-    r"""Recursive least squares (Plackett, "Some theorems in least squares", 1950); as a sequence layer: MesaNet (von Oswald et al.
+    r"""Plackett, "Some theorems in least squares", 1950, recursive least squares; as a sequence layer: MesaNet (von Oswald et al.
     2025, arXiv 2506.05233).
 
         H_t = keep H_{t-1} + beta_t k_t k_t^T,   H_0 = Diag(lambda)
@@ -61,8 +54,7 @@ class RLS(Mesa):
     ) -> tuple[Tensor, State | None]:
         (H, S), k, beta_BTH = memory, L.full(k_BTHK), torch.sigmoid(L.full(self.b_proj(x_BTD)))
         if H is None:
-            rows = x_BTD.shape[0] if context.cu_seqlens is None else context.cu_seqlens.shape[0] - 1
-            H = torch.diag_embed(self.regulariser()).expand(rows, -1, -1, -1)
+            H = torch.diag_embed(self.regulariser()).expand(context.rows(x_BTD), -1, -1, -1)
         log_keep = None if self.config.keep == 1 else k.new_full((self.config.heads,), math.log(self.config.keep))
         gain_BTHK, H = gram_solve(beta_BTH[..., None] * k, k, beta_BTH, log_keep, None, H, context, self.config.cg_steps)
         one_BTH = torch.ones_like(beta_BTH)

@@ -10,27 +10,16 @@ from torch import Tensor, nn
 
 from linnet import ops
 from linnet.mixers import _layers as L
-from linnet.mixers._base import Context, Mixer, State, StateSpec
+from linnet.mixers._base import Context, Mixer, State
+from linnet.mixers._heads import WidthConfig
 from linnet.mixers._registry import register_mixer
 
 MIXED = ("k", "v", "r")  # key, value, receptance
 
 
 @dataclass(frozen=True)
-class RWKV4Config:
-    """Options of `rwkv4`. expand: inner width over d_model."""
-
-    d_model: int
-    expand: float = 1.0
-
-    def __post_init__(self):
-        L.check_positive("rwkv4", d_model=self.d_model)
-        L.check_number("rwkv4", 0, expand=self.expand)
-        L.divided("rwkv4", "expand", self.d_model * self.expand, 1)
-
-    @property
-    def width(self) -> int:
-        return int(self.d_model * self.expand)
+class RWKV4Config(WidthConfig, mixer="rwkv4"):
+    pass
 
 
 @register_mixer("rwkv4")
@@ -48,14 +37,12 @@ class RWKV4(Mixer):
 
     Config = RWKV4Config
 
-    def __init__(self, config: RWKV4Config, *, layer_index: int = 0, num_layers: int = 1):
-        super().__init__(config, layer_index=layer_index, num_layers=num_layers)
-        D, E = config.d_model, config.width
+    def add_parts(self) -> None:
+        D, E = self.config.d_model, self.config.width
         self.mu = nn.ParameterDict({name: nn.Parameter(torch.empty(D)) for name in MIXED})
         self.k_proj, self.v_proj, self.r_proj = (nn.Linear(D, E, bias=False) for _ in range(3))
         self.o_proj = nn.Linear(E, D, bias=False)
         self.decay, self.u = nn.Parameter(torch.empty(E)), nn.Parameter(torch.empty(E))
-        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -71,23 +58,20 @@ class RWKV4(Mixer):
         for projection in (self.k_proj, self.r_proj, self.o_proj):
             nn.init.zeros_(projection.weight)
 
-    def state_spec(self) -> StateSpec:
+    def state_shapes(self) -> dict[str, tuple[int, ...] | None]:
         E = self.config.width
-        return self.make_spec(shift=(self.config.d_model,), a=(E, 1, 1), b=(E, 1), m=(E,))
+        return {"shift": (self.config.d_model,), "a": (E, 1, 1), "b": (E, 1), "m": (E,)}
 
     def forward(self, x_BTD: Tensor, state: State | None = None, *, context: Context | None = None) -> tuple[Tensor, State | None]:
         context = context or Context()
-        shift, *past = self.open_state(state, "shift", "a", "b", "m")
-        past_BTD, shift = ops.token_shift(
-            x_BTD, initial_state=shift, return_state=context.return_state, cu_seqlens=context.cu_seqlens
-        )
+        shift, *past = self.open_state(state)
+        past_BTD, shift = ops.token_shift(x_BTD, **context.carry(shift))
         x_k, x_v, x_r = (past_BTD + (x_BTD - past_BTD) * self.mu[name] for name in MIXED)
         k_BTE, v_BTE1 = L.full(self.k_proj(x_k)), self.v_proj(x_v).unsqueeze(-1)
         one_BT11 = torch.ones_like(v_BTE1[:, :, :1])
         o_BTE1, new = ops.linear_attention(
             one_BT11, one_BT11, v_BTE1, -L.full(self.decay).exp(), log_gain=k_BTE, bonus=L.full(self.u).exp().unsqueeze(-1),
-            read="before", normalizer="sum", normalizer_eps=0.0, scale=1.0, initial_state=None if state is None else tuple(past),
-            return_state=context.return_state, cu_seqlens=context.cu_seqlens,
+            read="before", normalizer="sum", normalizer_eps=0.0, scale=1.0, **context.carry(None if state is None else tuple(past)),
         )  # fmt: skip
         y_BTD = self.o_proj(torch.sigmoid(self.r_proj(x_r)) * o_BTE1.squeeze(-1))
         return y_BTD, self.close_state(context, *(shift or ()), *(new or ()))

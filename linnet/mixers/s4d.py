@@ -11,39 +11,26 @@ from torch import Tensor, nn
 
 from linnet.mixers import _layers as L
 from linnet.mixers import _ssm as S
-from linnet.mixers._base import Context, Mixer, State, StateSpec
+from linnet.mixers._base import Context, Mixer, State
+from linnet.mixers._options import choice, size
 from linnet.mixers._registry import register_mixer
 
 
 @dataclass(frozen=True)
-class S4DConfig:
-    """Options of `s4d`.
+class S4DConfig(S.SSMConfig, mixer="s4d"):
+    d_state: int = size(64, 'N, real state size per channel: N/2 conjugate pairs (N real channels with init "real")')
+    init: str = choice(
+        "lin",
+        'the eigenvalues at the start: "lin" -1/2 + i pi n, "inv" -1/2 + i N/pi (N/(2n+1) - 1), "legs" those of the normal part of '
+        'HiPPO-LegS, "real" -(n+1)',
+        "lin", "inv", "legs", "real",
+    )  # fmt: skip
+    discretization: str = choice("zoh", '"zoh" (zero-order hold) or "bilinear"', "zoh", "bilinear")
+    output: str = choice("glu", 'after GELU, "glu" or "linear"', "glu", "linear")
 
-    d_state: N, real state size per channel: N/2 conjugate pairs (N real channels with init "real").
-    init: the eigenvalues at the start: "lin" -1/2 + i pi n, "inv" -1/2 + i N/pi (N/(2n+1) - 1), "legs" those of the normal part
-    of HiPPO-LegS, "real" -(n+1). discretization: "zoh" or "bilinear". dt_min, dt_max: log-uniform step sizes at the start.
-    output: after GELU, "glu" or "linear". mode: "auto" convolves where no state is needed, "recurrent" always scans.
-    """
-
-    d_model: int
-    d_state: int = 64
-    init: str = "lin"
-    discretization: str = "zoh"
-    dt_min: float = 1e-3
-    dt_max: float = 0.1
-    output: str = "glu"
-    mode: str = "auto"
-
-    def __post_init__(self):
-        L.check_positive("s4d", d_model=self.d_model, d_state=self.d_state)
-        L.check_choice("s4d", ("lin", "inv", "legs", "real"), init=self.init)
-        L.check_choice("s4d", ("zoh", "bilinear"), discretization=self.discretization)
-        L.check_choice("s4d", ("glu", "linear"), output=self.output)
-        L.check_choice("s4d", S.MODES, mode=self.mode)
-        L.check_number("s4d", 0, dt_min=self.dt_min)
-        L.check_number("s4d", self.dt_min, dt_max=self.dt_max)
+    def check(self) -> None:
         if self.init != "real":
-            L.divided("s4d", "d_state", self.d_state, 2)
+            self.divide("d_state", self.d_state, 2)
 
     @property
     def channels(self) -> int:
@@ -64,15 +51,14 @@ class S4D(Mixer):
     Config = S4DConfig
     no_weight_decay = ("log_A_real", "A_imag", "C")
 
-    def __init__(self, config: S4DConfig, *, layer_index: int = 0, num_layers: int = 1):
-        super().__init__(config, layer_index=layer_index, num_layers=num_layers)
-        c, real = config, config.init == "real"
+    def add_parts(self) -> None:
+        c = self.config
+        real = c.init == "real"
         self.log_dt, self.D = (nn.Parameter(torch.empty(c.d_model)) for _ in range(2))
         self.log_A_real = nn.Parameter(torch.empty(c.d_model, c.channels))
         self.A_imag = None if real else nn.Parameter(torch.empty(c.d_model, c.channels))
         self.C = nn.Parameter(torch.empty(c.d_model, c.channels, *([] if real else [2])))
         self.out_proj = nn.Linear(c.d_model, c.d_model * (2 if c.output == "glu" else 1))
-        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -88,12 +74,12 @@ class S4D(Mixer):
             imag = {"lin": lambda: math.pi * n, "inv": lambda: N / math.pi * (N / (2 * n + 1) - 1)}
             self.A_imag.copy_(S.legs_frequencies(count) if c.init == "legs" else imag[c.init]())
 
-    def state_spec(self) -> StateSpec:
-        return self.make_spec(x=tuple(self.C.shape))
+    def state_shapes(self) -> dict[str, tuple[int, ...] | None]:
+        return {"x": tuple(self.C.shape)}
 
     def forward(self, x_BTD: Tensor, state: State | None = None, *, context: Context | None = None) -> tuple[Tensor, State | None]:
         c, context = self.config, context or Context()
-        (x,) = self.open_state(state, "x")
+        (x,) = self.open_state(state)
         A, delta = -L.full(self.log_A_real).exp(), L.full(self.log_dt).exp()[:, None]
         if self.A_imag is not None:
             A = torch.complex(A, L.full(self.A_imag))

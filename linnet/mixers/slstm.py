@@ -9,29 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linnet import ops
 from linnet.mixers import _layers as L
-from linnet.mixers._base import Context, Mixer, State, StateSpec
+from linnet.mixers._base import Context, Mixer, State
+from linnet.mixers._options import MixerConfig, number, size
 from linnet.mixers._registry import register_mixer
 
 GATES = 4  # i, f, z, o
 
 
 @dataclass(frozen=True)
-class SLSTMConfig:
-    """Options of `slstm`.
-
-    conv_size: taps of the short convolution before the input and forget gates (None: none). norm_eps: of the norm per head.
-    """
-
-    d_model: int
-    heads: int = 4
-    conv_size: int | None = 4
-    norm_eps: float = 1e-5
-
-    def __post_init__(self):
-        L.check_positive("slstm", d_model=self.d_model, heads=self.heads, conv_size=self.conv_size)
-        L.check_number("slstm", 0, norm_eps=self.norm_eps)
-        L.divided("slstm", "heads", self.d_model, self.heads)
+class SLSTMConfig(MixerConfig, mixer="slstm"):
+    heads: int = size(4, "blocks of W and R", divides="d_model")
+    conv_size: int | None = size(4, "taps of the short convolution before the input and forget gates (None: none)")
+    norm_eps: float = number(1e-5, "epsilon of the norm per head", above=0)
 
 
 @register_mixer("slstm")
@@ -42,21 +33,19 @@ class SLSTM(Mixer):
         m_t = max(log sigmoid(f_t) + m_{t-1}, i_t),   i' = exp(i_t - m_t),   f' = exp(log sigmoid(f_t) + m_{t-1} - m_t)
         C_t = f' C_{t-1} + i' tanh(z_t),   n_t = f' n_{t-1} + i',   h_t = sigmoid(o_t) C_t / n_t,   output LayerNorm per head of h
 
-    The gates read h_{t-1}, so the recurrence is not linear in its state: no operator applies, and it runs as a loop over tokens.
-    State: conv [N, D, W-1], h, C, n, m [N, D] each; m counts from the first token on (n = 0 before it).
+    Maps to `linnet.ops.short_conv` and `linnet.ops.slstm`: the gates read h_{t-1}, so the recurrence is not linear in its state
+    and goes token by token. State: conv [N, D, W-1], and h, C, n, m [N, H, K] each; m counts from the first token on.
     """
 
     Config = SLSTMConfig
     no_weight_decay = ("R",)
 
-    def __init__(self, config: SLSTMConfig, *, layer_index: int = 0, num_layers: int = 1):
-        super().__init__(config, layer_index=layer_index, num_layers=num_layers)
-        c, size = config, config.d_model // config.heads
+    def add_parts(self) -> None:
+        c, size = self.config, self.config.d_model // self.config.heads
         self.conv = L.ShortConv(c.d_model, c.conv_size, bias=True) if c.conv_size else None
         self.W, self.R = (nn.Parameter(torch.empty(c.heads, size, GATES, size)) for _ in range(2))
         self.bias = nn.Parameter(torch.empty(c.heads, GATES, size))
         self.norm_weight = nn.Parameter(torch.empty(c.d_model))
-        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -71,46 +60,19 @@ class SLSTM(Mixer):
         self.bias[:, 1].copy_((5 - 12 * grid ** (0.3 + 1.3 * depth)).expand(c.heads, -1))
         nn.init.ones_(self.norm_weight)
 
-    def state_spec(self) -> StateSpec:
-        d = (self.config.d_model,)
-        return self.make_spec(conv=self.conv.state_shape if self.conv else None, h=d, C=d, n=d, m=d)
-
-    def step(self, pre_NHGK: Tensor, R: Tensor, h: Tensor, C: Tensor, n: Tensor, m: Tensor) -> tuple[Tensor, ...]:
-        """The next (h, C, n, m), [N, H, K] each; `pre` are the gates without their recurrent part."""
-        i, f, z, o = (pre_NHGK + torch.einsum("nhk,hkgl->nhgl", h, R)).unbind(2)
-        kept = F.logsigmoid(f) + m
-        m = torch.where(n == 0, i, torch.maximum(kept, i))
-        enter, keep = torch.exp((i - m).clamp_max(0)), torch.exp((kept - m).clamp_max(0))
-        C, n = keep * C + enter * torch.tanh(z), keep * n + enter
-        return torch.sigmoid(o) * C / n, C, n, m
+    def state_shapes(self) -> dict[str, tuple[int, ...] | None]:
+        shape = (self.config.heads, self.config.d_model // self.config.heads)
+        return {"conv": self.conv.state_shape if self.conv else None} | dict.fromkeys(("h", "C", "n", "m"), shape)
 
     def forward(self, x_BTD: Tensor, state: State | None = None, *, context: Context | None = None) -> tuple[Tensor, State | None]:
         c, context = self.config, context or Context()
-        conv, *values = self.open_state(state, "conv" if self.conv else None, "h", "C", "n", "m")
-        y_BTD, cu = x_BTD, context.cu_seqlens
+        conv, *values = self.open_state(state)
+        y_BTD = x_BTD
         if self.conv is not None:
             y_BTD, conv = self.conv(x_BTD, conv, context)
         gates = lambda y, W: torch.einsum("bthk,hkgl->bthgl", L.full(L.split_heads(y, c.heads)), W)
-        W, R = L.full(self.W), L.full(self.R)
-        pre = torch.cat((gates(y_BTD, W[:, :, :2]), gates(x_BTD, W[:, :, 2:])), 3) + L.full(self.bias)
-        rows = x_BTD.shape[0] if cu is None else cu.numel() - 1
-        zero = pre.new_zeros(rows, *pre.shape[2:3], pre.shape[4])
-        values = [zero if v is None else v.to(zero.dtype).unflatten(1, zero.shape[1:]) for v in values]
-        if cu is None:
-            outputs = []
-            for t in range(x_BTD.shape[1]):
-                values = self.step(pre[:, t], R, *values)
-                outputs.append(values[0])
-            h_BTHK = torch.stack(outputs, 1)
-        else:  # documents side by side: those that have ended keep their state
-            starts, lengths = cu.long()[:-1], cu.long().diff()
-            index = torch.arange(int(lengths.max()), device=cu.device)
-            padded = pre[0][(starts[:, None] + index).clamp_max(pre.shape[1] - 1)]
-            outputs = []
-            for t in range(padded.shape[1]):
-                new, live = self.step(padded[:, t], R, *values), (t < lengths)[:, None, None]
-                values = [torch.where(live, a, b) for a, b in zip(new, values, strict=True)]
-                outputs.append(values[0])
-            h_BTHK = torch.stack(outputs, 1)[index < lengths[:, None]][None]
+        W = L.full(self.W)
+        pre_BTHGK = torch.cat((gates(y_BTD, W[:, :, :2]), gates(x_BTD, W[:, :, 2:])), 3) + L.full(self.bias)
+        h_BTHK, new = ops.slstm(pre_BTHGK, L.full(self.R), **context.carry(None if state is None else tuple(values)))
         y = F.layer_norm(h_BTHK, h_BTHK.shape[-1:], eps=c.norm_eps).flatten(2) * L.full(self.norm_weight)
-        return y.to(x_BTD.dtype), self.close_state(context, conv, *(v.flatten(1) for v in values))
+        return y.to(x_BTD.dtype), self.close_state(context, conv, *(new or ()))

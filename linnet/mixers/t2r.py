@@ -3,37 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linnet.mixers import _layers as L
 from linnet.mixers._kernel import HeadMap, KernelAttention, KernelConfig
+from linnet.mixers._options import flag, size
 from linnet.mixers._registry import register_mixer
 
 
 @dataclass(frozen=True)
-class T2RConfig(KernelConfig):
-    """Options of `t2r`.
+class T2RConfig(KernelConfig, mixer="t2r"):
+    feature_size: int | None = size(None, "F, feature channels of a head (None: head_dim)")
+    map_bias: bool = flag(True, "whether the map has b")
+    tied: bool = flag(False, "one map for q and k (then heads = kv_heads)")
 
-    feature_size: F, feature channels of a head (None: head_dim). map_bias: whether the map has b.
-    tied: one map for q and k (then heads = kv_heads). The others: `KernelConfig`.
-    """
-
-    mixer: ClassVar[str] = "t2r"
-
-    feature_size: int | None = None
-    map_bias: bool = True
-    tied: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        L.check_positive("t2r", feature_size=self.feature_size)
-        L.check_choice("t2r", (True, False), map_bias=self.map_bias, tied=self.tied)
+    def check(self) -> None:
+        super().check()
         if self.tied and self.groups != self.heads:
-            L.refuse("t2r", "tied", "False where kv_heads is not heads", self.tied)
+            self.refuse("tied", "False where kv_heads is not heads")
 
     @property
     def features(self) -> int:
@@ -51,12 +40,11 @@ class T2R(KernelAttention):
 
     Config = T2RConfig
 
-    def __init__(self, config: T2RConfig, *, layer_index: int = 0, num_layers: int = 1):
-        super().__init__(config, layer_index=layer_index, num_layers=num_layers)
-        c = config
+    def add_parts(self) -> None:
+        super().add_parts()
+        c = self.config
         self.q_map = HeadMap(c.heads, c.key_size, c.features, bias=c.map_bias)
         self.k_map = None if c.tied else HeadMap(c.groups, c.key_size, c.features, bias=c.map_bias)
-        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -13,39 +13,24 @@ from linnet import ops
 from linnet.feature_maps import FEATURE_MAPS
 from linnet.mixers import _layers as L
 from linnet.mixers._base import Context, Mixer, State, StateSpec
+from linnet.mixers._options import MixerConfig, choice, flag, number, size
 from linnet.mixers._registry import register_mixer
 
 PHI = FEATURE_MAPS | {"elu": F.elu}
 
 
 @dataclass(frozen=True)
-class TransNormerConfig:
-    """Options of `transnormer`.
+class TransNormerConfig(MixerConfig, mixer="transnormer"):
+    heads: int = size(8, "heads")
+    attention: str = choice("auto", '"diag" or "norm"; "auto": "diag" in the first half of the layers', "auto", "diag", "norm")
+    block_size: int = size(64, 'W, tokens of a block of "diag"', least=2)
+    feature_map: str = choice("elu+1", 'of q and k in "norm": "elu+1" (variant T2), "elu" (T1) and others', *PHI)
+    norm: str = choice("rms", 'output of "norm", over all heads: "srms" x / rms(x), "rms" with a weight, or "layer"', *L.NORMS)
+    norm_eps: float = number(1e-5, "epsilon of the norm", above=0)
+    bias: bool = flag(False, "bias of all projections")
 
-    attention: "diag" or "norm", or "auto": "diag" in the first half of the layers, "norm" in the others.
-    block_size: W, tokens of a block of "diag". feature_map: of q and k in "norm", "elu+1" (variant T2), "elu" (T1) and others.
-    norm: of the output of "norm", over all heads: "srms" x / rms(x), "rms" with a weight, or "layer". bias: of all projections.
-    """
-
-    d_model: int
-    heads: int = 8
-    attention: str = "auto"
-    block_size: int = 64
-    feature_map: str = "elu+1"
-    norm: str = "rms"
-    norm_eps: float = 1e-5
-    bias: bool = False
-
-    def __post_init__(self):
-        L.check_positive("transnormer", d_model=self.d_model, heads=self.heads, block_size=self.block_size)
-        L.check_choice("transnormer", ("auto", "diag", "norm"), attention=self.attention)
-        L.check_choice("transnormer", PHI, feature_map=self.feature_map)
-        L.check_choice("transnormer", L.NORMS, norm=self.norm)
-        L.check_choice("transnormer", (True, False), bias=self.bias)
-        L.check_number("transnormer", 0, norm_eps=self.norm_eps)
-        L.divided("transnormer", "heads", self.d_model, self.heads)
-        if self.block_size < 2:
-            L.refuse("transnormer", "block_size", "an integer >= 2", self.block_size)
+    def check(self) -> None:
+        self.divide("heads", self.d_model, self.heads)
 
     @property
     def size(self) -> int:
@@ -65,18 +50,11 @@ class TransNormer(Mixer):
 
     Config = TransNormerConfig
 
-    def __init__(self, config: TransNormerConfig, *, layer_index: int = 0, num_layers: int = 1):
-        super().__init__(config, layer_index=layer_index, num_layers=num_layers)
-        c = config
-        self.diag = c.attention == "diag" or (c.attention == "auto" and 2 * layer_index < num_layers)
+    def add_parts(self) -> None:
+        c = self.config
+        self.diag = c.attention == "diag" or (c.attention == "auto" and 2 * self.layer_index < self.num_layers)
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(c.d_model, c.d_model, bias=c.bias) for _ in range(4))
         self.o_norm = None if self.diag else L.make_norm(c.norm, c.d_model, c.norm_eps)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        L.init_normal(self)
-        if self.o_norm is not None:
-            self.o_norm.reset_parameters()
 
     def state_spec(self) -> StateSpec:
         c, dtype = self.config, self.q_proj.weight.dtype
@@ -93,10 +71,7 @@ class TransNormer(Mixer):
             o_BTHV, new = block_attention(q_BTHK, k_BTHK, v_BTHV, c.block_size, state, context)
             return self.o_proj(o_BTHV.flatten(2)), new
         phi = PHI[c.feature_map]
-        o_BTHV, new = ops.linear_attention(
-            phi(q_BTHK), phi(k_BTHK), v_BTHV, scale=1.0, initial_state=state, return_state=context.return_state,
-            cu_seqlens=context.cu_seqlens,
-        )  # fmt: skip
+        o_BTHV, new = ops.linear_attention(phi(q_BTHK), phi(k_BTHK), v_BTHV, scale=1.0, **context.carry(state))
         return self.o_proj(self.o_norm(o_BTHV.flatten(2))), new
 
 

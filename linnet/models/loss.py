@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-IGNORE = -100
+from linnet.ops.loss import IGNORE, softmax_cross_entropy
 
 
 def next_token_targets(labels_BT: Tensor, cu_seqlens: Tensor | None = None, mask_BT: Tensor | None = None) -> Tensor:
@@ -34,27 +34,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Sum of the cross-entropies. The gradients are computed with the loss, chunk by chunk, and only scaled in backward."""
 
     @staticmethod
-    def forward(ctx, x_ND, weight_VD, targets_N, chunk, need_x, need_weight):
+    def forward(ctx, x_ND, weight_VD, targets_N, chunk, need_x, need_weight, backend):
         sums = torch.promote_types(x_ND.dtype, torch.float32)
         loss = x_ND.new_zeros((), dtype=sums)
         dx_ND = torch.empty_like(x_ND) if need_x else None
         dweight_VD = torch.zeros_like(weight_VD, dtype=sums) if need_weight else None
         for start in range(0, x_ND.shape[0], chunk):
             x_CD, target_C = x_ND[start : start + chunk], targets_N[start : start + chunk]
-            valid_C = target_C != IGNORE
-            index_C1 = target_C.masked_fill(~valid_C, 0)[:, None]
-            logits_CV = (x_CD @ weight_VD.T).to(sums)
-            lse_C = logits_CV.logsumexp(-1)
-            loss += ((lse_C - logits_CV.gather(1, index_C1)[:, 0]) * valid_C).sum()
-            if dx_ND is None and dweight_VD is None:
-                continue
-            p_CV = logits_CV.sub_(lse_C[:, None]).exp_()
-            p_CV.scatter_add_(1, index_C1, torch.full_like(lse_C, -1.0)[:, None])
-            p_CV = p_CV.mul_(valid_C[:, None]).to(x_ND.dtype)
+            loss_C, dlogits_CV = softmax_cross_entropy(
+                x_CD @ weight_VD.T, target_C, return_gradient=need_x or need_weight, backend=backend
+            )
+            loss += loss_C.sum()
             if dx_ND is not None:
-                dx_ND[start : start + chunk] = p_CV @ weight_VD
+                dx_ND[start : start + chunk] = dlogits_CV @ weight_VD
             if dweight_VD is not None:
-                dweight_VD += p_CV.T @ x_CD
+                dweight_VD += dlogits_CV.T @ x_CD
         ctx.save_for_backward(dx_ND, dweight_VD)
         ctx.weight_dtype = weight_VD.dtype
         return loss
@@ -65,7 +59,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx_ND, dweight_VD = ctx.saved_tensors
         dx_ND = None if dx_ND is None else dx_ND * grad.to(dx_ND.dtype)
         dweight_VD = None if dweight_VD is None else (dweight_VD * grad).to(ctx.weight_dtype)
-        return dx_ND, dweight_VD, None, None, None, None
+        return dx_ND, dweight_VD, None, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -75,6 +69,7 @@ def linear_cross_entropy(
     *,
     num_items: Tensor | int | None = None,
     chunk_tokens: int | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Mean cross-entropy of `softmax(x @ weight.T)` against `targets`, in nats.
 
@@ -82,6 +77,7 @@ def linear_cross_entropy(
         x: [..., D]. weight: [V, D]. targets: [...], class ids, -100 to leave a position out.
         num_items: what the sum is divided by; None means the number of positions that are not left out.
         chunk_tokens: positions per chunk; None means that the logits of a chunk take about the memory of x.
+        backend: of `linnet.ops.softmax_cross_entropy`; None chooses.
 
     Returns:
         A scalar in fp32 (fp64 for fp64 operands); zero if every position is left out.
@@ -102,7 +98,7 @@ def linear_cross_entropy(
     grad = torch.is_grad_enabled()
     with torch.autocast(device, enabled=False):
         total = _LinearCrossEntropy.apply(
-            x_ND.to(dtype), weight.to(dtype), targets_N, chunk, grad and x.requires_grad, grad and weight.requires_grad
+            x_ND.to(dtype), weight.to(dtype), targets_N, chunk, grad and x.requires_grad, grad and weight.requires_grad, backend
         )
     if num_items is None:
         num_items = (targets_N != IGNORE).sum().clamp(min=1)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,24 @@ from linnet.mixers import Context, Mixer, State, get_mixer
 from linnet.mixers._layers import RMSNorm
 from linnet.models.cache import LinnetCache, check_cache
 from linnet.models.config import LinnetConfig
-from linnet.models.loss import linear_cross_entropy, next_token_targets
+from linnet.models.loss import IGNORE, linear_cross_entropy, next_token_targets
 from linnet.models.mlp import mlp_factory
 from linnet.models.pattern import LayerSpec
 from linnet.ops._dispatch import debugging
+
+
+@dataclass
+class LinnetOutput(BaseModelOutputWithPast):
+    """As in transformers, with aux_loss: the weighted sum of what the mixers add to the loss while they train, or None."""
+
+    aux_loss: Tensor | None = None
+
+
+@dataclass
+class LinnetCausalLMOutput(CausalLMOutputWithPast):
+    """As in transformers, with aux_loss: what `loss` holds beside the cross-entropy, before the share of `num_items_in_batch`."""
+
+    aux_loss: Tensor | None = None
 
 
 class LinnetBlock(GradientCheckpointingLayer):
@@ -56,14 +71,17 @@ class LinnetBlock(GradientCheckpointingLayer):
         cu_seqlens: Tensor | None,
         positions_BT: Tensor | None,
         return_state: bool,
-    ) -> tuple[Tensor, State | None, dict[str, Any]]:
-        """The block as a function: `shared` is copied, so that a recomputation (checkpointing) sees what the first run saw."""
+    ) -> tuple[Tensor, State | None, dict[str, Any], dict[int, Tensor]]:
+        """The block as a function: `shared` is copied, so that a recomputation (checkpointing) sees what the first run saw.
+
+        Returns hidden states, the mixer's state, the shared values and the auxiliary loss of this layer, if it has one.
+        """
         context = Context(cu_seqlens=cu_seqlens, positions=positions_BT, return_state=return_state, shared=dict(shared))
         y_BTD, state = self.mixer(self.mixer_norm(x_BTD), state, context=context)
         x_BTD = x_BTD + y_BTD
         if self.mlp is not None:
             x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
-        return x_BTD, state, context.shared
+        return x_BTD, state, context.shared, context.losses
 
 
 class LinnetPreTrainedModel(PreTrainedModel):
@@ -83,10 +101,10 @@ class LinnetPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        if getattr(module, "_inside_mixer", False):
+            return
         if isinstance(module, Mixer):
             self._reset_unloaded(module)
-        elif getattr(module, "_inside_mixer", False):
-            return
         elif isinstance(module, (nn.Linear, nn.Embedding)):
             std = self.config.initializer_range
             if getattr(module, "_residual_output", False) and self.config.scale_residual:
@@ -113,11 +131,10 @@ class LinnetPreTrainedModel(PreTrainedModel):
 
     def _mark_initialized(self) -> None:
         """Mixers were initialised by their constructors; on the meta device there was nothing to initialise yet."""
-        for mixer in self.modules():
-            if isinstance(mixer, Mixer):
-                done = not any(x.is_meta for x in mixer.parameters())
-                for part in mixer.modules():
-                    part._inside_mixer, part._is_hf_initialized = part is not mixer, done
+        for mixer in (layer.mixer for layer in self.layers):  # a mixer may hold another one
+            done = not any(x.is_meta for x in mixer.parameters())
+            for part in mixer.modules():
+                part._inside_mixer, part._is_hf_initialized = part is not mixer, done
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable | None = None, **kwargs: Any
@@ -151,7 +168,8 @@ class LinnetPreTrainedModel(PreTrainedModel):
 
     def state_bytes(self, tokens: int = 0) -> int:
         """Bytes of the recurrent state of one sequence after `tokens` tokens, all layers together."""
-        return sum(mixer.state_spec().bytes_per_row(tokens) for mixer in self.modules() if isinstance(mixer, Mixer))
+        mixers = (block.mixer for block in self.modules() if isinstance(block, LinnetBlock))
+        return sum(mixer.state_spec().bytes_per_row(tokens) for mixer in mixers if mixer.causal)
 
 
 def _readable(file: Path) -> bool:
@@ -175,6 +193,11 @@ class LinnetModel(LinnetPreTrainedModel):
         self._mark_initialized()
         self.post_init()
 
+    @property
+    def causal(self) -> bool:
+        """Whether no token sees a later one; else there is no cache."""
+        return all(layer.mixer.causal for layer in self.layers)
+
     @can_return_tuple
     def forward(
         self,
@@ -187,7 +210,7 @@ class LinnetModel(LinnetPreTrainedModel):
         cu_seqlens: Tensor | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> LinnetOutput:
         """Hidden states after the final norm.
 
         Args:
@@ -195,7 +218,8 @@ class LinnetModel(LinnetPreTrainedModel):
             attention_mask: [B, T] or, with a cache, [B, past + T]; zero marks padding, on either side. Rows are packed inside.
             position_ids: [B, T] or [1, T] position of every token in its own document; None counts real tokens.
             past_key_values: a `LinnetCache`, updated in place. With `cu_seqlens` or padding it has one row per document.
-            use_cache: return a cache; None means the configuration's choice, and never while training.
+            use_cache: return a cache; None means the configuration's choice, and never while training or with a mixer that is not
+                causal.
             cu_seqlens: [N+1] offsets of packed documents (B = 1), from 0 to T; nothing leaks between documents.
             output_hidden_states: also return the input of every block and the final hidden states.
         """
@@ -220,7 +244,8 @@ class LinnetModel(LinnetPreTrainedModel):
                 )
             position_ids = position_ids.expand(batch, tokens)
         cache = None if past_key_values is None else check_cache(past_key_values, len(self.layers))
-        wanted = use_cache if use_cache is not None else (cache is not None or (self.config.use_cache and not self.training))
+        usual = self.config.use_cache and not self.training and self.causal
+        wanted = use_cache if use_cache is not None else (cache is not None or usual)
         cache = cache or (LinnetCache(len(self.layers)) if wanted else None)
 
         index_M = None
@@ -237,15 +262,16 @@ class LinnetModel(LinnetPreTrainedModel):
             )
         positions_BT = position_ids if position_ids is not None else _positions(x_BTD, cu_seqlens, tokens_N)
 
-        hidden, shared = [], {}
+        hidden, shared, losses = [], {}, {}
         checkpointing = self.training and any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers)
         return_state = cache is not None and wanted and not checkpointing
         states = []
         for index, layer in enumerate(self.layers):
             hidden.append(x_BTD)
             state = cache.states[index] if cache is not None else None
-            x_BTD, state, shared = layer(x_BTD, state, shared, cu_seqlens, positions_BT, return_state)
+            x_BTD, state, shared, loss = layer(x_BTD, state, shared, cu_seqlens, positions_BT, return_state)
             states.append(state)
+            losses |= loss
         x_BTD = self.norm(x_BTD)
 
         def unpacked(y: Tensor) -> Tensor:
@@ -261,10 +287,11 @@ class LinnetModel(LinnetPreTrainedModel):
                 cache.seen_tokens + tokens if index_M is not None or cu_seqlens is None else int(cache.tokens_N.max())
             )
         wanted_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        return BaseModelOutputWithPast(
+        return LinnetOutput(
             last_hidden_state=unpacked(x_BTD),
             past_key_values=cache if return_state else None,
             hidden_states=tuple(unpacked(y) for y in (*hidden, x_BTD)) if wanted_hidden else None,
+            aux_loss=sum(losses.values()) if losses else None,
         )
 
 
@@ -343,6 +370,8 @@ class LinnetForCausalLM(LinnetPreTrainedModel, GenerationMixin):
     def __init__(self, config: LinnetConfig):
         super().__init__(config)
         self.model = LinnetModel(config)
+        for layer in self.model.layers:
+            layer.mixer.require_causal("in a causal language model")
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.post_init()
 
@@ -361,7 +390,7 @@ class LinnetForCausalLM(LinnetPreTrainedModel, GenerationMixin):
         return_logits: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> LinnetCausalLMOutput:
         """Logits, or with labels the loss.
 
         Args (further ones: `LinnetModel.forward`):
@@ -373,7 +402,8 @@ class LinnetForCausalLM(LinnetPreTrainedModel, GenerationMixin):
             logits_to_keep: compute logits of the last so many positions only, or of these positions; 0 means all.
 
         Returns:
-            loss (fp32 scalar, nats per token) or None; logits [B, T, V] or None; past_key_values; hidden_states if asked for.
+            loss (fp32 scalar, nats per token; in training plus `aux_loss`, what mixers add) or None; logits [B, T, V] or None;
+            past_key_values; hidden_states if asked for.
         """
         if attention_mask is None and past_key_values is None:
             cu_seqlens = _document_offsets(cu_seqlens, position_ids, kwargs)
@@ -401,12 +431,19 @@ class LinnetForCausalLM(LinnetPreTrainedModel, GenerationMixin):
                 raise ValueError(f"{name} must be of shape {list(x_BTD.shape[:2])} like the tokens; got {list(given.shape)}")
             targets_BT = next_token_targets(labels, cu_seqlens, mask_BT) if shift_labels is None else shift_labels
             loss = linear_cross_entropy(x_BTD, self.lm_head.weight, targets_BT, num_items=num_items_in_batch)
+            if output.aux_loss is not None:
+                share = 1.0 if num_items_in_batch is None else (targets_BT != IGNORE).sum() / num_items_in_batch
+                loss = loss + share * output.aux_loss.to(loss)
         logits = None
         if return_logits or (return_logits is None and not has_labels):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(x_BTD[:, keep])
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
+        return LinnetCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            aux_loss=output.aux_loss,
         )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args: Any, **kwargs: Any) -> None:
