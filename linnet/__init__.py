@@ -23,6 +23,7 @@ _EXPORTS = {
     "StateSpec": "linnet.mixers",
     "debug": "linnet.ops",
     "list_recipes": "linnet.training",
+    "list_tasks": "linnet.evals",
     "info": "linnet._info",
 }
 _SUBMODULES = ("ops", "mixers", "models", "training", "evals", "bench")
@@ -31,6 +32,7 @@ __all__ = [*_EXPORTS, *_SUBMODULES, "__version__"]
 
 if TYPE_CHECKING:
     from linnet._info import info as info
+    from linnet.evals import list_tasks as list_tasks
     from linnet.mixers import Context as Context
     from linnet.mixers import Mixer as Mixer
     from linnet.mixers import StateSpec as StateSpec

@@ -102,8 +102,20 @@ def _typical_arguments(device: Any) -> dict[str, dict[str, Any]]:
         "short_conv": lambda: ops.short_conv(x(B, T, D), x(D, W)),
         "token_shift": lambda: ops.token_shift(x(B, T, D)),
         "cumulative_logsumexp": lambda: ops.cumulative_logsumexp(x(B, T, D)),
+        "neural_memory": lambda: ops.neural_memory(q_BTHK, q_BTHK, v_BTHV, (x(H, K, V),), rate=x(B, T, H, dtype=torch.float32)),
+        "gated_rms_norm": lambda: ops.gated_rms_norm(v_BTHV, v_BTHV, x(V, dtype=torch.float32)),
+        "softmax_cross_entropy": lambda: ops.softmax_cross_entropy(x(T, V), torch.zeros(T, dtype=torch.long, device=device)),
+        "l2_norm": lambda: ops.l2_norm(q_BTHK),
         "long_conv": lambda: ops.long_conv(x(B, T, D), x(D, T)),
         "softmax_attention": lambda: ops.softmax_attention(q_BTHK, q_BTHK, v_BTHV),
+        "almost_linear_rnn": lambda: ops.almost_linear_rnn(x(B, T, D), x(D), x(D, D), 2),
+        "slstm": lambda: ops.slstm(x(B, T, H, 4, K), x(H, K, 4, K)),
+        "bidirectional_attention": lambda: ops.bidirectional_attention(q_BTHK, q_BTHK, v_BTHV),
+        "relative_attention": lambda: ops.relative_attention(q_BTHK, q_BTHK, v_BTHV, x(T, H, K)),
+        "softplus_attention": lambda: ops.softplus_attention(q_BTHK, q_BTHK, v_BTHV),
+        "cell_attention": lambda: ops.cell_attention(q_BTHK, q_BTHK, v_BTHV, x(B, T, H, N), top_keys=2),
+        "span_attention": lambda: ops.span_attention(q_BTHK, q_BTHK, v_BTHV, q_BTHK, q_BTHK),
+        "block_mean": lambda: ops.block_mean(x(B, T, D), 2),
     }
     recorded: dict[str, dict[str, Any]] = {}
 

@@ -12,13 +12,18 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+_EVALS = ("list", "tier0", "run", "tier1", "report")  # what `linnet eval` knows besides a checkpoint
+
 
 class _Group(TyperGroup):
     """Turns refusals into one line on standard error."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.ensure_object(dict)["debug"] = "--debug" in args
-        return super().parse_args(ctx, [arg for arg in args if arg != "--debug"])
+        args = [arg for arg in args if arg != "--debug"]
+        if args[:1] == ["eval"] and args[1:2] and args[1] in _EVALS:
+            args[0] = "eval-tasks"
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -160,7 +165,10 @@ def evaluate(
     device: Device = None,
     threads: Threads = None,
 ) -> None:
-    """Held-out bits per byte and perplexity of a model; by default on the held-out text of its own run."""
+    """Held-out bits per byte and perplexity of a model; by default on the held-out text of its own run.
+
+    Tasks in place of a checkpoint: eval list | run TASK | tier0 | tier1 | report FOLDER (each has its own --help).
+    """
     _set_threads(threads)
     import json
 
@@ -183,6 +191,20 @@ def evaluate(
     table.add_row("windows", f"{results['context']:,} tokens, {results['stride']:,} new ones each")
     table.add_row("speed", f"{results['tokens'] / results['seconds']:,.0f} tokens/s")
     Console().print(table)
+
+
+@app.command(
+    name="eval-tasks",
+    hidden=True,
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def evaluate_tasks(ctx: typer.Context) -> None:
+    """`linnet eval list | run | tier0 | tier1 | report`."""
+    from linnet.evals.__main__ import main as run
+
+    if code := run(list(ctx.args)):
+        raise typer.Exit(code)
 
 
 @app.command()
@@ -250,11 +272,24 @@ def _benchmarks() -> list[str]:
 
 
 @app.command()
-def info(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False, threads: Threads = None) -> None:
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    mixers: Annotated[bool, typer.Option("--mixers", help="print the table of all mixers, in Markdown")] = False,
+    write: Annotated[Path | None, typer.Option(help="with --mixers: put the table into this page, between its marks")] = None,
+    threads: Threads = None,
+) -> None:
     """Versions, devices, mixers, and which backend computes each operator here, and why."""
     _set_threads(threads)
     import json
 
+    if mixers or write is not None:
+        from linnet import _catalogue
+
+        if write is None:
+            typer.echo(_catalogue.table())
+        else:
+            _catalogue.write(write)
+        return
     from linnet._info import info as collect
 
     facts = collect()
@@ -284,12 +319,12 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = F
         ]
         operators.add_row(op, runs, "\n".join(others))
     console.print(operators)
-    mixers = Table(title="mixers")
+    known = Table(title="mixers")
     for column in ("mixer", "what it is"):
-        mixers.add_column(column)
+        known.add_column(column)
     for name, line in facts["mixers"].items():
-        mixers.add_row(name, line)
-    console.print(mixers)
+        known.add_row(name, line)
+    console.print(known)
 
 
 def main() -> None:

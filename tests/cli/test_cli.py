@@ -180,6 +180,11 @@ def test_bench_dispatches(monkeypatch):
     assert "benchmark must be one of" in run("bench", "nothing", code=2).stderr
 
 
+def test_info_prints_the_table_of_mixers():
+    lines = run("info", "--mixers").output.splitlines()
+    assert lines[0].startswith("| name | paper |") and len(lines) == 2 + len(linnet.mixers.list_mixers())
+
+
 def test_info_says_what_runs():
     facts = linnet.info()
     assert facts["versions"]["linnet"] == linnet.__version__ and facts["versions"]["torch"]
@@ -194,3 +199,9 @@ def test_info_says_what_runs():
     assert json.loads(run("info", "--json").output)["operators"] == facts["operators"]
     output = run("info").output
     assert all(name in output for name in ("delta_rule", "gated_deltanet", "transformers"))
+
+
+def test_eval_knows_tasks_besides_checkpoints(tmp_path):
+    assert "mqar" in run("eval", "list").output
+    assert "pass" in run("eval", "tier0", "shift").output
+    assert "task must be one of" in run("eval", "run", "nothing", "--mixers", "gla", "--out", tmp_path, code=2).stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from linnet import _catalogue
 from linnet.mixers import _registry, build_mixer, get_mixer, list_mixers
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -24,7 +25,33 @@ def test_the_page_of_a_mixer_lists_its_options_and_defaults(name):
     assert rows == {key: f'"{value}"' if isinstance(value, str) else str(value) for key, value in options.items()}
     for heading in ("## Recurrence", "**Operator.**", "**Paper.**", "**State.**", "**Cost.**", "## What differs"):
         assert heading in page
-    assert f"]({name}.md)" in (DOCS / "mixers" / "index.md").read_text()
+
+
+@pytest.mark.parametrize("name", list_mixers())
+def test_the_table_of_mixers_is_current(name):
+    rows = {line.split("|")[1].strip(): line for line in (DOCS / "mixers" / "index.md").read_text().splitlines() if "|" in line}
+    assert rows.get(f"[`{name}`]({name}.md)") == _catalogue.row(name), "run: linnet info --mixers --write docs/mixers/index.md"
+
+
+def test_a_row_of_the_table_holds_what_the_mixer_says():
+    entry = _catalogue.entry("gla")
+    assert entry.paper.startswith("Yang et al., [Gated Linear Attention Transformers") and "abs/2312.06635" in entry.paper
+    assert entry.year == "2023" and entry.recurrence == "S_t = Diag(alpha_t) S_{t-1} + k_t v_t^T"
+    assert entry.state == "32,768: S 4x64x128" and entry.operators == "`linear_attention`"
+    assert entry.options.startswith("`heads`, ") and "`gate_rank`" in entry.options and entry.lines > 50
+    assert _catalogue.entry("attention").state == "1,024 t + 1: k tx4x128, v tx4x128, length 1"
+    assert _catalogue.entry("s4d").operators == "`long_conv`, `scan`"  # without a state, with one
+
+
+def test_the_table_is_written_between_its_marks(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{_catalogue.BEGIN}\nold\n{_catalogue.END}\nafter\n")
+    _catalogue.write(page, ["gla"])
+    lines = page.read_text().splitlines()
+    assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines and lines[4] == _catalogue.row("gla")
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="--write"):
+        _catalogue.write(page)
 
 
 STATE_NUMBERS = {  # per row at d = 512 with 4 heads, as the pages say
@@ -32,6 +59,9 @@ STATE_NUMBERS = {  # per row at d = 512 with 4 heads, as the pages say
     "hedgehog": 2 * 512**2 // 4 + 2 * 512,
     "t2r": 512**2 // 4 + 512,
     "performer": 4 * (621 * 128 + 621 + 1),
+    "softmax_rnn": 153 * 512 + 153 * 4 + 1,
+    "rpe_kernel": (2 * 512 + 1) * 511,
+    "monarch_mixer": 3 * 512 * 2 + 2 * 512 * 1023,
     "based": 153 * 512 + 153 * 4,
     "rebased": 136 * 512 + 136 * 4,
     "cosformer": 2 * 512**2 // 4 + 2 * 512 + 1,
@@ -50,6 +80,9 @@ STATE_NUMBERS = {  # per row at d = 512 with 4 heads, as the pages say
     "hgrn2": 512**2 // 4,
     "mamba3": 258 * 512 + 161 * 4,
     "slstm": 7 * 512,
+    "al_rnn": 512,
+    "rg_lru": 4 * 512,
+    "mlstm_block": 1024**2 // 4 + 4 * 1024 + 4,
     "s4d": 64 * 512,
     "dlr": 2048 * 512,
     "lru": 2 * 512,
@@ -68,7 +101,14 @@ STATE_NUMBERS = {  # per row at d = 512 with 4 heads, as the pages say
     "mesa": 2 * 512**2 // 4 + 6 * 512,
     "rls": 2 * 512**2 // 4 + 6 * 512,
     "dplr": 512**2 // 4 + 12 * 512,
+    "mom": 5 * (512**2 // 4 + 9 * 512),
+    "sse": 5 * 512**2 // 4,
+    "sse_hybrid": 5 * 512**2 // 4,
     "rwkv7": 512 + 512 * 128,
+    "ttt_linear": 2 * (512**2 // 4 + 512) + 6 * 512 + 1,
+    "ttt_mlp": 16 * 512**2 // 4 + 10 * 512 + 6 * 512 + 1,
+    "titans": 12 * 512**2 // 4 + 9 * 512 + 2 * 127 * 512 + 2,
+    "wersa": 2 * 15 * 512 + 32 * 512 + 1024 * 512 + 1024 * 4,
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linnet import ops
 from linnet.mixers import Context, build_mixer
 
 T, D, H = 11, 16, 2
@@ -289,112 +287,7 @@ def test_rls_and_mesa_without_forgetting_read_the_same(x):
     assert_mixer(rls, x, mesa(x[None])[0][0])
 
 
-# ---- closed forms --------------------------------------------------------------------------------------------------------
-
-
-def follow(k: Tensor, beta: Tensor, S: Tensor, steps: int = 1) -> Tensor:
-    """S_1 .. S_T [T, K, V] of the delta rule without writes, keys [T*n, K], beta [T*n], from S; read by K queries at once."""
-    K, V = S.shape
-    length, zero = k.shape[0] // steps, torch.zeros(1, k.shape[0], 1, V, dtype=S.dtype)
-    q = torch.eye(K, dtype=S.dtype)[None, None].expand(1, length, K, K)
-    o, _ = ops.delta_rule(
-        q, k[None, :, None], zero, erase=beta[None, :, None], steps_per_token=steps, scale=1.0, initial_state=S[None, None]
-    )
-    return o[0]
-
-
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_parity_of_every_string_of_ten_bits(dtype, tolerance):
-    """S starts at one along a constant key; beta = 2 on a one flips its sign."""
-    bits = torch.tensor(list(itertools.product((0, 1), repeat=10)), dtype=dtype)
-    k = torch.full((len(bits), 10, 1, 4), 0.5, dtype=dtype)
-    start = torch.full((len(bits), 1, 4, 1), 0.5, dtype=dtype)
-    o, _ = ops.delta_rule(k, k, torch.zeros_like(k[..., :1]), erase=2 * bits[..., None], scale=1.0, initial_state=start)
-    torch.testing.assert_close(o[..., 0, 0], 1 - 2 * (bits.cumsum(1) % 2), rtol=0, atol=tolerance)
-
-
-def test_parity_does_not_drift_over_4096_tokens_in_fp32():
-    bits = torch.randint(2, (4096,), generator=torch.Generator().manual_seed(0)).float()
-    k = torch.full((4096, 4), 0.5)
-    sign = follow(k, 2 * bits, torch.full((4, 1), 0.5))[:, :, 0].sum(-1) * 0.5
-    torch.testing.assert_close(sign, 1 - 2 * (bits.cumsum(0) % 2), rtol=0, atol=1e-4)
-
-
-def transpositions(permutation: list[int]) -> list[tuple[int, int]]:
-    """At most n - 1 swaps which, applied in order to 0 .. n-1, give the permuted list."""
-    row, swaps = list(range(len(permutation))), []
-    for i, wanted in enumerate(permutation):
-        j = row.index(wanted)
-        if j != i:
-            swaps.append((i, j))
-            row[i], row[j] = row[j], row[i]
-    return swaps
-
-
-@pytest.mark.parametrize("n", [3, 4, 5])
-def test_prefix_products_of_the_symmetric_group(n):
-    """A transposition is the Householder step along (e_i - e_j) / sqrt(2) with beta = 2; a token takes n - 1 of them."""
-    generator, length = torch.Generator().manual_seed(n), 300
-    k, beta = torch.zeros(length, n - 1, n, dtype=torch.float64), torch.zeros(length, n - 1, dtype=torch.float64)
-    row, expected = torch.arange(1.0, n + 1, dtype=torch.float64), []
-    for t in range(length):
-        permutation = torch.randperm(n, generator=generator).tolist()
-        swaps = transpositions(permutation)
-        assert len(swaps) <= n - 1
-        for step, (i, j) in enumerate(swaps):
-            k[t, step, i], k[t, step, j], beta[t, step] = 0.5**0.5, -(0.5**0.5), 2
-        row = row[permutation]
-        expected.append(row)
-    S = follow(k.flatten(0, 1), beta.flatten(), torch.arange(1.0, n + 1, dtype=torch.float64)[:, None], n - 1)
-    torch.testing.assert_close(S[:, :, 0], torch.stack(expected), rtol=0, atol=1e-9)
-    fewer = follow(k[:, : n - 2].flatten(0, 1), beta[:, : n - 2].flatten(), S.new_tensor(range(1, n + 1))[:, None], n - 2)
-    assert not torch.allclose(fewer[:, :, 0], torch.stack(expected), atol=0.1)
-
-
-@pytest.mark.parametrize("m", [3, 5, 7])
-def test_counting_modulo_m_by_two_reflections(m):
-    """Reflections in lines at an angle of pi w / m compose to a rotation by 2 pi w / m."""
-    w = torch.randint(m, (500,), generator=torch.Generator().manual_seed(m))
-    angle = math.pi / m * w.double()
-    first = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(500, 2)
-    k = torch.stack((first, torch.stack((angle.cos(), angle.sin()), -1)), 1).flatten(0, 1)
-    S = follow(k, torch.full((1000,), 2.0, dtype=torch.float64), torch.tensor([[1.0], [0.0]], dtype=torch.float64), 2)
-    total = 2 * math.pi / m * w.cumsum(0).double()
-    torch.testing.assert_close(S[:, :, 0], torch.stack((total.cos(), total.sin()), -1), rtol=0, atol=1e-9)
-    read = torch.atan2(S[:, 1, 0], S[:, 0, 0]) * m / (2 * math.pi)
-    assert torch.equal(read.round().long() % m, w.cumsum(0) % m)
-
-
-def test_the_last_write_to_a_key_wins_and_an_additive_memory_sums():
-    generator, K = torch.Generator().manual_seed(0), 6
-    keys = torch.linalg.qr(torch.randn(K, K, dtype=torch.float64, generator=generator))[0]
-    chosen = torch.randint(K, (40,), generator=generator)
-    v = torch.randn(1, 40, 1, 3, dtype=torch.float64, generator=generator)
-    k = keys[chosen][None, :, None]
-    one = torch.ones(1, 40, 1, dtype=torch.float64)
-    _, (S,) = ops.delta_rule(k, k, v, erase=one, return_state=True)
-    _, (summed,) = ops.linear_attention(k, k, v, return_state=True)
-    for i in range(K):
-        written = v[0, chosen == i, 0]
-        torch.testing.assert_close(keys[i] @ S[0, 0], written[-1], **EXACT)
-        torch.testing.assert_close(keys[i] @ summed[0, 0], written.sum(0), **EXACT)
-
-
-@pytest.mark.parametrize("eta", [1.0, 0.3, 1.7])
-def test_a_kaczmarz_step_projects(eta):
-    """S_t^T k_t = (1 - eta) S_{t-1}^T k_t + eta v_t for keys of any length, and the length of a key does not matter to the left."""
-    generator = torch.Generator().manual_seed(0)
-    k, v = (torch.randn(1, 30, 1, size, dtype=torch.float64, generator=generator) for size in (5, 3))
-    length = torch.exp(2 * torch.randn(1, 30, 1, 1, dtype=torch.float64, generator=generator))
-    step = torch.full((1, 30, 1), eta, dtype=torch.float64)
-
-    def read(k, v, mode):
-        s = k.norm(dim=-1, keepdim=True)
-        return ops.delta_rule(k, k / s, v / s, erase=step, read=mode, scale=1.0)[0]
-
-    torch.testing.assert_close(read(k, v, "after"), (1 - eta) * read(k, v, "before") + eta * v, **EXACT)
-    torch.testing.assert_close(read(length * k, v, "after"), (1 - eta) * read(length * k, v, "before") + eta * v, **EXACT)
-    torch.testing.assert_close(read(length * k, length * v, "after"), length * read(k, v, "after"), **EXACT)
+# ---- closed forms; those of the operators are in linnet/evals/exact.py ---------------------------------------------------
 
 
 def test_the_kaczmarz_mixer_recalls_what_it_was_told():
@@ -405,38 +298,3 @@ def test_the_kaczmarz_mixer_recalls_what_it_was_told():
     o, (S,) = m.mix(torch.zeros(1, 9, D), k, k, v, [None], Context(return_state=True))
     torch.testing.assert_close(o * 8**0.5, v, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(torch.einsum("bhk,bhkv->bhv", k[:, -1], S), v[:, -1], rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("preconditioned", [False, True])
-def test_a_linear_attention_layer_takes_one_step_of_gradient_descent(preconditioned):
-    """Tokens (x_i, y_i), then (x_q, 0): q = A x, k = x, v = y and scale 1 / N predict x_q . w_1, w_1 = A (1/N) sum y_i x_i."""
-    generator, N, d = torch.Generator().manual_seed(0), 20, 5
-    x = torch.randn(N + 1, d, dtype=torch.float64, generator=generator)
-    y = torch.cat((x[:N] @ torch.randn(d, dtype=torch.float64, generator=generator), torch.zeros(1, dtype=torch.float64)))
-    w = torch.zeros(d, dtype=torch.float64, requires_grad=True)
-    (0.5 / N * (x[:N] @ w - y[:N]).square().sum()).backward()
-    spectrum = torch.linspace(0.2, 2, d, dtype=torch.float64)
-    gamma = (1 + 1 / N) * torch.diag(spectrum) + spectrum.sum() / N * torch.eye(d, dtype=torch.float64)
-    A = torch.linalg.inv(gamma) if preconditioned else 0.3 * torch.eye(d, dtype=torch.float64)
-    o, _ = ops.linear_attention((x @ A)[None, :, None], x[None, :, None], y[None, :, None, None], scale=1 / N)
-    torch.testing.assert_close(o[0, -1, 0, 0], x[-1] @ (A @ -w.grad), **EXACT)
-
-
-def test_several_layers_take_several_steps_of_gradient_descent():
-    """Z <- Z + P Z M Z^T Q Z / N with P = -e e^T: the label rows hold y_i - w_l . x_i, that of the query -w_l . x_q."""
-    generator, N, d, rate = torch.Generator().manual_seed(1), 12, 4, 0.4
-    x = torch.randn(N + 1, d, dtype=torch.float64, generator=generator)
-    label = torch.cat((x[:N] @ torch.randn(d, dtype=torch.float64, generator=generator), torch.zeros(1, dtype=torch.float64)))
-    y, w = label.clone(), torch.zeros(d, dtype=torch.float64)
-    cut, end = torch.tensor([0, N], dtype=torch.int32), slice(0, N)
-    for _ in range(5):
-        _, (S,) = ops.linear_attention(
-            x[None, end, None], x[None, end, None], y[None, end, None, None], return_state=True, cu_seqlens=cut
-        )
-        read, _ = ops.linear_attention(
-            x[None, :, None], x[None, :, None], torch.zeros(1, N + 1, 1, 1, dtype=torch.float64), scale=rate / N, initial_state=(S,)
-        )
-        y = y - read[0, :, 0, 0]
-        w = w - rate / N * x[:N].T @ (x[:N] @ w - label[:N])
-        torch.testing.assert_close(y[:N], label[:N] - x[:N] @ w, **EXACT)
-        torch.testing.assert_close(-y[N], x[N] @ w, **EXACT)

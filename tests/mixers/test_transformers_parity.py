@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from functools import partial
 
 import pytest
 import torch
@@ -51,11 +52,11 @@ def conv(source: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def check(theirs, mixer: nn.Module, weights: dict[str, Tensor], tolerance: float = 1e-4) -> None:
+def check(theirs, mixer: nn.Module, weights: dict[str, Tensor], tolerance: float = 1e-4, dtype=torch.float32) -> None:
     """`theirs(x)` == the mixer with `weights`, relative to the largest output, and likewise for the input's gradient."""
-    mixer.load_state_dict(weights, strict=True)
-    x = torch.randn(B, T, D, generator=torch.Generator().manual_seed(1))
-    probe = torch.randn(B, T, D, generator=torch.Generator().manual_seed(2))
+    mixer.to(dtype).load_state_dict(weights, strict=True)
+    x = torch.randn(B, T, D, generator=torch.Generator().manual_seed(1)).to(dtype)
+    probe = torch.randn(B, T, D, generator=torch.Generator().manual_seed(2)).to(dtype)
     results = []
     for layer in (theirs, lambda leaf: mixer(leaf)[0]):
         leaf = x.clone().requires_grad_()
@@ -105,6 +106,17 @@ def test_mamba2(groups):
     check(layer, mixer, conv(source) | {key: x for key, x in source.items() if not key.startswith("conv1d")})
 
 
+def test_falcon_mamba():
+    layer, settings, _ = layer_of(
+        "falcon_mamba", "FalconMambaBlock", "FalconMambaConfig", hidden_size=D, state_size=8, num_hidden_layers=2,
+        time_step_rank=3, vocab_size=8,
+    )  # fmt: skip
+    mixer = build_mixer("mamba", D, d_state=8, dt_rank=3, norm_eps=settings.mixer_rms_eps)
+    check(layer.mixer, mixer, mamba_weights(layer.mixer.state_dict()))
+    with pytest.raises(AssertionError, match="relative error"):  # without its norms it is another layer
+        check(layer.mixer, build_mixer("mamba", D, d_state=8, dt_rank=3), mamba_weights(layer.mixer.state_dict()))
+
+
 # ---- delta rule ----------------------------------------------------------------------------------------------------------
 
 
@@ -130,6 +142,39 @@ def test_qwen3_next_gated_deltanet(value_heads):
     )  # fmt: skip
     mixer = build_mixer("gated_deltanet", D, 2, value_heads=value_heads, head_dim=8, value_dim=12, norm_eps=settings.rms_norm_eps)
     check(layer, mixer, qwen3_next_weights(layer.state_dict(), 2, value_heads, 8, 12))
+
+
+def qwen3_5_weights(source: dict[str, Tensor], keys: int, values: int) -> dict[str, Tensor]:
+    """Qwen3.5 stores q, k, v in one projection, each whole; z, b, a have their own."""
+    q, k, v = source["in_proj_qkv.weight"].split((keys, keys, values))
+    weights = {"q_proj.weight": q, "k_proj.weight": k, "v_proj.weight": v, "o_norm.weight": source["norm.weight"]}
+    for ours, theirs in {"g_proj": "in_proj_z", "b_proj": "in_proj_b", "a_proj": "in_proj_a", "o_proj": "out_proj"}.items():
+        weights |= linear(source, ours, theirs)
+    return weights | conv(source) | {"A_log": source["A_log"], "dt_bias": source["dt_bias"]}
+
+
+@pytest.mark.parametrize("value_heads", [2, 4])
+def test_qwen3_5_gated_deltanet(value_heads):
+    layer, settings, _ = layer_of(
+        "qwen3_5", "Qwen3_5GatedDeltaNet", "Qwen3_5TextConfig", hidden_size=D, linear_num_key_heads=2, num_hidden_layers=4,
+        linear_num_value_heads=value_heads, linear_key_head_dim=8, linear_value_head_dim=12,
+    )  # fmt: skip
+    mixer = build_mixer("gated_deltanet", D, 2, value_heads=value_heads, head_dim=8, value_dim=12, norm_eps=settings.rms_norm_eps)
+    check(layer, mixer, qwen3_5_weights(layer.state_dict(), 2 * 8, value_heads * 12))
+
+
+@pytest.mark.parametrize("negative", [True, False])
+@pytest.mark.parametrize("value_heads", [2, 4])
+def test_olmo_hybrid_gated_deltanet(value_heads, negative):
+    layer, _, _ = layer_of(
+        "olmo_hybrid", "OlmoHybridGatedDeltaNet", "OlmoHybridConfig", hidden_size=D, num_attention_heads=2, num_hidden_layers=2,
+        linear_num_key_heads=2, linear_num_value_heads=value_heads, linear_key_head_dim=8, linear_value_head_dim=16,
+        linear_allow_neg_eigval=negative, layer_types=["linear_attention", "full_attention"], vocab_size=8, pad_token_id=0,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    mixer = build_mixer("gated_deltanet", D, 2, value_heads=value_heads, head_dim=8, allow_neg_eigval=negative, norm_eps=1e-5)
+    source = layer.state_dict()
+    check(layer, mixer, conv(source) | {key: x for key, x in source.items() if not key.startswith("conv1d")})
 
 
 def kimi_linear_weights(source: dict[str, Tensor], heads: int) -> dict[str, Tensor]:
@@ -235,6 +280,30 @@ def test_rwkv4():
         "rwkv", "RwkvSelfAttention", "RwkvConfig", hidden_size=D, attention_hidden_size=48, num_hidden_layers=2, context_length=T
     )
     check(lambda x: layer(x)[0], build_mixer("rwkv4", D, expand=1.5), rwkv_weights(layer.state_dict()))
+
+
+def recurrent_gemma_weights(source: dict[str, Tensor]) -> dict[str, Tensor]:
+    weights = {"conv.weight": source["conv_1d.weight"].squeeze(1), "conv.bias": source["conv_1d.bias"]}
+    for theirs, ours in (("linear_x", "x_proj"), ("linear_y", "y_proj"), ("linear_out", "o_proj")):
+        weights |= linear(source, ours, theirs)
+    for theirs, ours in (("input_gate", "i"), ("recurrent_gate", "r")):
+        weights |= {f"W_{ours}": source[f"rg_lru.{theirs}_weight"], f"b_{ours}": source[f"rg_lru.{theirs}_bias"]}
+    return weights | {"Lambda": source["rg_lru.recurrent_param"]}
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-9)])
+@pytest.mark.parametrize("width", [D, 48])
+def test_recurrent_gemma(dtype, tolerance, width):
+    layer, _, _ = layer_of(
+        "recurrent_gemma", "RecurrentGemmaRecurrentBlock", "RecurrentGemmaConfig", hidden_size=D, lru_width=width,
+        num_attention_heads=4, num_hidden_layers=2, vocab_size=8,
+    )  # fmt: skip
+    layer.to(dtype)
+    layer.rg_lru._rnn_scan = partial(layer.rg_lru._rnn_scan, acc_dtype=dtype)
+    positions = torch.arange(T).expand(B, -1)
+    mixer = build_mixer("rg_lru", D, 4, expand=width / D, first_token="unit")
+    weights = recurrent_gemma_weights(layer.state_dict())
+    check(lambda x: layer(x, positions, None, use_cache=False)[0], mixer, weights, tolerance, dtype)
 
 
 def xlstm_weights(source: dict[str, Tensor]) -> dict[str, Tensor]:
