@@ -213,7 +213,9 @@ def compare(
     config: Config = None,
     recipe: Recipe = None,
     layers: Annotated[list[str] | None, typer.Option("--layers", help="a layer pattern; repeat for more architectures")] = None,
-    mixers: Annotated[str | None, typer.Option("--mixers", help="mixer names with commas between, or all")] = None,
+    mixers: Annotated[
+        str | None, typer.Option("--mixers", help="mixer names with commas between; all, all-diagonal, all-delta")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="folder of the comparison")] = Path("runs/compare"),
     resume: Annotated[bool, typer.Option("--resume", help="skip finished architectures, continue unfinished ones")] = False,
     minutes: Minutes = None,
@@ -225,6 +227,7 @@ def compare(
     parameters: Annotated[
         int | None, typer.Option("--parameters", help="parameters of every model [default: as the first has]")
     ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="architectures trained at a time, in processes of their own")] = 1,
     threads: Threads = None,
 ) -> None:
     """Train several architectures under one budget (each) at one parameter count; print and plot one table."""
@@ -244,7 +247,7 @@ def compare(
     depth = settings.model.get("num_layers") or len(parse_layers(settings.model["layers"])) if "layers" in settings.model else 4
     names = [name.strip() for name in (mixers or "").split(",") if name.strip()]
     arms = arms_of(layers or (), names, depth)
-    rows = run(settings, out, arms, seeds=range(seeds), parameters=parameters, resume=resume)
+    rows = run(settings, out, arms, seeds=range(seeds), parameters=parameters, resume=resume, jobs=jobs)
     typer.echo(f"results in {out}/results.jsonl, plot in {out}/comparison.png")
     failed = sorted({row["arm"] for row in rows if "error" in row})
     if failed:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from linnet.mixers import _layers as L
 
 State = tuple[Tensor, ...]
+FAMILIES = ("diagonal", "delta", "softmax")  # diagonal transitions; everything beyond them; softmax attention itself
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,15 @@ class Mixer(nn.Module):
 
     Class attributes: `name` (set by `register_mixer`), `future_option` (the option that, unless it is False or 0, lets a token see
     later ones; a mixer that always does sets `causal = False`), `no_weight_decay` (names of its own parameters or
-    submodules, decays and gates, that must not be decayed; one-dimensional parameters are never decayed anyway).
+    submodules, decays and gates, that must not be decayed; one-dimensional parameters are never decayed anyway), `family` (one of
+    FAMILIES, the group of the catalogue that `linnet compare --mixers all-FAMILY` takes).
     """
 
     name: ClassVar[str] = ""
     Config: ClassVar[type]
     future_option: ClassVar[str | None] = None
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
+    family: ClassVar[str] = "diagonal"
 
     def __init__(self, config: Any, *, layer_index: int = 0, num_layers: int = 1):
         super().__init__()

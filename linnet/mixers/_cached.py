@@ -34,6 +34,8 @@ class RotaryConfig(CachedConfig):
 class CachedAttention(Mixer):
     """q, k, v of every token, rotated where the config says so; a subclass weighs the keys. The state ends with k, v, length."""
 
+    family = "delta"
+
     def add_parts(self) -> None:
         c = self.config
         self.q_proj = nn.Linear(c.d_model, c.heads * c.size, bias=c.bias)

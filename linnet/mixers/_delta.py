@@ -54,6 +54,8 @@ class DeltaMixer(Mixer):
     A subclass gives `add_parts` and `mix`, and a config made from `DeltaConfig`; `steps` is the number of writes per token.
     """
 
+    family = "delta"
+
     steps = 1
 
     def mix(self, x_BTD: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, *more: Any) -> tuple[Tensor, State | None]:

@@ -83,8 +83,9 @@ class GatedRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         return ops.gated_rms_norm(
-            x, gate, self.weight, eps=self.eps, activation=self.activation, norm_before_gate=self.norm_before_gate, groups=self.groups
-        )
+            x, gate, self.weight, eps=self.eps, groups=self.groups, activation=self.activation,
+            norm_before_gate=self.norm_before_gate,
+        )  # fmt: skip
 
 
 class HeadLayerNorm(nn.Module):

@@ -92,6 +92,8 @@ class TTTConfig(MixerConfig):
 class TTTMixer(Mixer):
     """The layer around an inner network; see `ttt_linear`."""
 
+    family = "delta"
+
     def add_parts(self) -> None:
         c = self.config
         self.q_proj, self.v_proj, self.o_proj = (nn.Linear(c.d_model, c.d_model, bias=False) for _ in range(3))

@@ -49,6 +49,7 @@ class Attention(HeadMixer):
     S grows with the tokens seen, or stops at window - 1. With a window and RoPE also position [N], the number of tokens seen.
     """
 
+    family = "softmax"
     Config = AttentionConfig
 
     def add_parts(self) -> None:

@@ -42,6 +42,7 @@ class DeltaNet(HeadMixer):
     State: conv [N, channels, W-1], S [N,H,K,V].
     """
 
+    family = "delta"
     Config = DeltaNetConfig
 
     def add_parts(self) -> None:

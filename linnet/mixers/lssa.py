@@ -50,6 +50,11 @@ class LSSA(CachedAttention):
 
 @register_mixer("lssar")
 class LSSAR(LSSA):
-    """`lssa` with re-weighting: Gao & Spratling 2025 (arXiv 2501.13428)."""
+    r"""Gao & Spratling, "Softplus Attention with Re-weighting Boosts Length Extrapolation in LLMs", 2025 (arXiv 2501.13428).
+
+        o_t = sum_{s <= t} w_ts v_s,      w_t = R_t / |R_t|_1,   R_ts = max(n A_ts / |A_t|_1 - 1, 0)^p,   A_t as in `lssa`
+
+    `lssa` with re-weighting on by default.
+    """
 
     Config = LSSARConfig

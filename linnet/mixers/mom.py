@@ -60,6 +60,7 @@ class MoM(Mixer):
     State: conv [N, M, channels, W-1], S [N, M, H, K, V], the shared memory first.
     """
 
+    family = "delta"
     Config = MoMConfig
 
     def __init__(self, config: MoMConfig, *, layer_index: int = 0, num_layers: int = 1):

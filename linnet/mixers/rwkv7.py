@@ -50,6 +50,7 @@ class RWKV7(TimeMixing):
     State: shift [N, D], S [N,H,K,K]. The first value passes through Context.shared.
     """
 
+    family = "delta"
     Config = RWKV7Config
     no_weight_decay = ("w_lora", "a_lora", "v_lora", "g_lora", "r_k")
 

@@ -67,6 +67,7 @@ class SSE(Mixer):
     packed segments. State: S [N, M, H, K, V], the partition of every token first (and the convolution's, where there is one).
     """
 
+    family = "delta"
     Config = SSEConfig
 
     def __init__(self, config: SSEConfig, *, layer_index: int = 0, num_layers: int = 1):

@@ -42,13 +42,14 @@ class SSEHybridConfig(SSEConfig, mixer="sse_hybrid"):
 
 @register_mixer("sse_hybrid")
 class SSEHybrid(Mixer):
-    r"""SSE-H of Pan et al., "Scaling Linear Attention with Sparse State Expansion", 2025 (arXiv 2507.16577).
+    r"""Pan et al., "Scaling Linear Attention with Sparse State Expansion", 2025 (arXiv 2507.16577): SSE-H.
 
-        layer l = 0, 1, ...:   `attention` where (l + 1) mod attention_every = 0, else `sse`
+        y = attention(x) in every layer l = 0, 1, ... with (l + 1) mod attention_every = 0,   y = sse(x) in the others
 
     The pattern "5*sse + attention" of a model, as one name. State: that of the layer's own mixer.
     """
 
+    family = "delta"
     Config = SSEHybridConfig
 
     def __init__(self, config: SSEHybridConfig, *, layer_index: int = 0, num_layers: int = 1):

@@ -30,7 +30,7 @@ class SuperlinearConfig(RotaryConfig, mixer="superlinear"):
 
 @register_mixer("superlinear")
 class Superlinear(CachedAttention):
-    r"""Superlinear Multi-Step Attention, 2026 (arXiv 2601.18401), with two steps.
+    r"""Huang, "Superlinear Multi-Step Attention", 2026 (arXiv 2601.18401), with two steps.
 
         a_t = exp(g_t) a_{t-1} + dt_t W_a x_t,   g_t = -exp(A_log) dt_t,   dt_t = softplus(x_t W_dt + b)         accumulate
         anchors n - floor(j^{1/p}) of the n visible tokens, scored by (W_s x_t).a / sqrt(A)                    search

@@ -30,6 +30,7 @@ class Titans(Mixer):
     and at the start of the mini-batch, momentum S [N,H,P]; with attention its window k, v [N,S,H,K] and length [N].
     """
 
+    family = "delta"
     Config = TitansConfig
 
     def add_parts(self) -> None:

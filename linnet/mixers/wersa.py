@@ -50,6 +50,7 @@ class WERSA(Mixer):
     nor saved.
     """
 
+    family = "delta"
     Config = WERSAConfig
     future_option = "bidirectional"
     no_weight_decay = ("bandwidth", "scales")

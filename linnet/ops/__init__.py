@@ -20,6 +20,7 @@ from linnet.ops.nonlinear import almost_linear_rnn, slstm
 from linnet.ops.norm import gated_rms_norm, l2_norm
 from linnet.ops.pooling import block_mean
 from linnet.ops.recurrent import delta_rule, dplr, linear_attention
+from linnet.ops.torch._inverse import use_inverse
 from linnet.ops.weighted_attention import cell_attention, expand_cells, relative_attention, softplus_attention, span_attention
 
 __all__ = [
@@ -55,4 +56,5 @@ __all__ = [
     "summarize_grad",
     "token_shift",
     "use_handler",
+    "use_inverse",
 ]

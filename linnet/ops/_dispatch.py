@@ -19,20 +19,26 @@ Handler = Callable[[str, "str | None", dict[str, Any]], Any]
 
 _implementations: dict[tuple[str, str], Callable] = {}
 _supports: dict[tuple[str, str], Callable[[dict[str, Any]], str | None]] = {}
+_by_name: set[tuple[str, str]] = set()
 _handler: Handler | None = None
 _debug = False
 
 
-def implements(op: str, backend: str, supports: Callable[[dict[str, Any]], str | None] | None = None):
+def implements(
+    op: str, backend: str, supports: Callable[[dict[str, Any]], str | None] | None = None, *, by_name: bool = False
+):  # fmt: skip
     """Decorator: register a function as the implementation of `op` in `backend`.
 
-    `supports(arguments)` returns None if the backend can compute this call and a one-sentence reason if it cannot.
+    `supports(arguments)` returns None if the backend can compute this call and a one-sentence reason if it cannot. by_name: runs
+    only where a caller names the backend (kernels that no GPU has checked yet).
     """
 
     def register(function):
         _implementations[op, backend] = function
         if supports is not None:
             _supports[op, backend] = supports
+        if by_name:
+            _by_name.add((op, backend))
         return function
 
     return register
@@ -61,7 +67,8 @@ def refusal(op: str, backend: str, arguments: dict[str, Any]) -> str | None:
 def choose(op: str, arguments: dict[str, Any]) -> str:
     """The backend that runs this call when none is named: the first one that can; `reference` only by name."""
     for backend in BACKENDS[:-1]:
-        if (op, backend) in _implementations and refusal(op, backend, arguments) is None:
+        known = (op, backend) in _implementations and (op, backend) not in _by_name
+        if known and refusal(op, backend, arguments) is None:
             return backend
     return "reference"
 

@@ -7,10 +7,13 @@ where that is not enough, of the model) is adjusted so that total parameters agr
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import multiprocessing
 import re
 import statistics
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +38,22 @@ class Arm:
 
 
 def arms_of(layers: Sequence[str] = (), mixers: Sequence[str] = (), num_layers: int = 4) -> list[Arm]:
-    """Arms from layer patterns and from mixer names (`num_layers` layers of each; `all`: every registered mixer)."""
-    from linnet.mixers import get_mixer, list_mixers
+    """Arms from layer patterns and from mixer names, `num_layers` layers of each.
 
-    names = list_mixers() if list(mixers) == ["all"] else list(mixers)
-    for name in names:
-        get_mixer(name)  # refuses unknown names with the nearest known one
+    `all` stands for every registered mixer, `all-diagonal` and `all-delta` for those of one family.
+    """
+    from linnet.mixers import get_mixer, list_mixers
+    from linnet.mixers._base import FAMILIES
+
+    groups = {"all": FAMILIES} | {f"all-{family}": (family,) for family in FAMILIES}
+    names: list[str] = []
+    for name in mixers:
+        if name in groups:
+            names += [n for n in list_mixers() if get_mixer(n).family in groups[name]]
+        elif name.startswith("all-"):
+            raise ValueError(f"mixers must be names or one of {', '.join(groups)}; got {name!r}")
+        else:
+            names.append(get_mixer(name).name)  # refuses unknown names with the nearest known one
     arms = [Arm(re.sub(r"[^A-Za-z0-9.=]+", "_", pattern.replace("*", "x")).strip("_"), pattern) for pattern in layers]
     arms += [Arm(name, f"{num_layers}*{name}") for name in names]
     if not arms:
@@ -96,15 +109,17 @@ def compare(
     seeds: Sequence[int] = (0,),
     parameters: int | None = None,
     resume: bool = False,
+    jobs: int = 1,
     console: Any = None,
     text: Text | None = None,
 ) -> list[dict[str, Any]]:
     """Train every arm under `config` (its budget is that of each arm) and return one row per arm and seed.
 
     Args:
-        out: folder of the comparison: one run per arm and seed, results.jsonl, comparison.png.
+        out: folder of the comparison: one run per arm and seed, results.jsonl, comparison.png, table.md.
         parameters: what all arms are matched to; None means what the first arm has with `config` as it is.
         resume: skip finished arms, continue unfinished ones.
+        jobs: runs at a time, each in a process of its own with its share of the threads (1: in this process).
 
     An arm that fails is reported in its row (`error`) and does not stop the others.
     """
@@ -126,29 +141,62 @@ def compare(
         arm_config.model.update(changes)
         widths = ", ".join(f"{key} {value}" for key, value in changes.items())
         console.print(f"{arm.name}: {total:,} parameters ({total / target - 1:+.2%}), {widths}")
-    rows: list[dict[str, Any]] = []
+    runs = []
     for seed in seeds:
         for arm, arm_config in zip(arms, configs, strict=True):
             run_config = copy.deepcopy(arm_config)
             run_config.training["seed"] = seed
-            console.rule(f"{arm.name}, seed {seed}")
-            row = {"arm": arm.name, "seed": seed}
-            try:
-                row |= train(
-                    run_config, out / f"{arm.name}-seed{seed}", resume=resume, text=text, console=console, report_run=False
-                )
-            except Exception as error:  # one architecture must not cost the others their results
-                row |= {"layers": arm.layers, "error": f"{type(error).__name__}: {error}"}
-                console.print(f"[red]{arm.name} failed:[/] {row['error']}", markup=True, highlight=False)
-            else:
-                console.print(f"held-out bits per byte: {row['bits_per_byte']:.3f}")
-            rows.append(row)
-            write_text(out / "results.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+            runs.append((arm, seed, run_config, out / f"{arm.name}-seed{seed}"))
+    rows: list[dict[str, Any]] = []
+    for arm, seed, row in _results(runs, resume, jobs, text, console):
+        if "error" in row:  # one architecture must not cost the others their results
+            row["layers"] = arm.layers
+            console.print(f"[red]{arm.name} failed:[/] {row['error']}", markup=True, highlight=False)
+        else:
+            console.print(f"{arm.name}, seed {seed}: held-out bits per byte {row['bits_per_byte']:.3f}")
+        rows.append({"arm": arm.name, "seed": seed} | row)
+        write_text(out / "results.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
     averaged = average_seeds(rows)
     if averaged:
         report.plot_comparison(averaged, out / "comparison.png")
+        write_text(out / "table.md", markdown(averaged))
     console.print(table(averaged, [r for r in rows if "error" in r], text))
     return rows
+
+
+def _train(config: RunConfig, folder: Path, resume: bool, text: Text | None, console: Any) -> dict[str, Any]:
+    try:
+        return train(config, folder, resume=resume, text=text, console=console, report_run=False)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+_texts: dict[str, Text] = {}  # of a process of `_train_alone`: read and tokenized once
+
+
+def _train_alone(config: RunConfig, folder: Path, resume: bool, threads: int) -> dict[str, Any]:
+    """`_train` in a process of its own, which prints nothing and reads the text itself."""
+    from rich.console import Console
+
+    torch.set_num_threads(threads)
+    key = json.dumps(dataclasses.asdict(config.data), sort_keys=True)
+    if key not in _texts:
+        _texts[key] = load_text(config)
+    return _train(config, folder, resume, _texts[key], Console(quiet=True))
+
+
+def _results(runs: Sequence[tuple], resume: bool, jobs: int, text: Text, console: Any):
+    """(arm, seed, row) of every run: in order with one job, as they end with several."""
+    if jobs == 1:
+        for arm, seed, config, folder in runs:
+            console.rule(f"{arm.name}, seed {seed}")
+            yield arm, seed, _train(config, folder, resume, text, console)
+        return
+    threads = max(1, torch.get_num_threads() // jobs)
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = {pool.submit(_train_alone, config, folder, resume, threads): (arm, seed) for arm, seed, config, folder in runs}
+        for done in as_completed(waiting):
+            yield *waiting[done], done.result()
 
 
 def average_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -163,6 +211,19 @@ def average_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         means = {key: statistics.fmean(row[key] for row in group) for key in ("bits_per_byte", "tokens_per_second", "tokens")}
         result.append({**group[0], **means, "seeds": len(group), "spread": statistics.stdev(scores) if len(scores) > 1 else None})
     return sorted(result, key=lambda row: row["bits_per_byte"])
+
+
+def markdown(averaged: Sequence[dict[str, Any]]) -> str:
+    """The table of a comparison for a page, best arm first."""
+    lengths = report.STATE_LENGTHS
+    head = ("architecture", "bits/byte", "tokens/s", "parameters", *(f"state at {n // 1024}k" for n in lengths))
+    lines = [f"| {' | '.join(head)} |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    for row in averaged:
+        spread = f" ± {row['spread']:.3f}" if row["spread"] is not None else ""
+        sizes = (report.human_bytes(row["state_bytes"][str(n)]) for n in lengths)
+        counts = (f"{row['bits_per_byte']:.3f}{spread}", f"{row['tokens_per_second']:,.0f}", f"{row['parameters']:,}")
+        lines.append(f"| {' | '.join((row['arm'], *counts, *sizes))} |")
+    return "\n".join(lines) + "\n"
 
 
 def table(averaged: Sequence[dict[str, Any]], failed: Sequence[dict[str, Any]], text: Text):

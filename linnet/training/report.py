@@ -52,6 +52,10 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
         (f"state bytes after {STATE_LENGTHS[-1]:,} tokens", [row["state_bytes"][key] for row in rows], "log"),
     )
     for index, (axes, (label, data, scale)) in enumerate(zip(panels, values, strict=True)):
+        if not index:
+            axes.axvline(rows[0]["unigram_bits_per_byte"], color="0.5", linestyle=":", label="byte unigram")
+            axes.axvline(rows[0]["xz_bits_per_byte"], color="0.5", linestyle="--", label="xz -9")
+            axes.legend(loc="lower right", fontsize="small")
         write = human_bytes if scale == "log" else "{:,.0f}".format if max(data) >= 100 else "{:.3f}".format
         axes.bar_label(axes.barh(names, data), labels=[write(x) for x in data], padding=2)
         axes.set(xlabel=label, xscale=scale)

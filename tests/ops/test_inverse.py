@@ -10,8 +10,9 @@ import torch
 
 from linnet import ops
 from linnet.bench import inverse as bench
+from linnet.ops import use_inverse
 from linnet.ops.torch import _inverse
-from linnet.ops.torch._inverse import INVERSES, residual, unit_lower_inverse, use_inverse
+from linnet.ops.torch._inverse import INVERSES, residual, unit_lower_inverse
 
 STABLE = ("recursive", "blocked", "forward_substitution", "solve", "newton_schulz")
 

@@ -250,22 +250,24 @@ def backward(
     heads_of = (H, *(_heads(a) for a in (q, k, p)))
     strides = tuple(_stride(a) for a in (q, k, p, do))
     inputs, kept = (q, k, p, x, y, do), (states, adjoints)
+    desc = t.descriptors and K % BD == 0 and V == BV and _aligned(*inputs, g if vector else None)
+    results = (dq, dk, dp, dg) if vector else (dq, dk, dp)
+    store = desc and not call.ragged and all(a is None or a.dtype == dtype for a in results[:3])
+    if desc:
+        wrap = lambda a, width: None if a is None else _wrapped(a, call.C, width)
+        inputs = tuple(wrap(a, BD if n < 3 else BV) for n, a in enumerate(inputs))
+        kept = tuple(TensorDescriptor(a, [NB * H * V, K], [K, 1], [BV, BD]) for a in kept)
+    if store:
+        results = tuple(None if a is None else _wrapped(a[0], call.C, BD) for a in results)
     if vector:
+        stride_g, g_heads, g_tiles = _stride(g), _heads(g), _wrapped(g, call.C, BD) if desc else g
         gradients_vector[(NB * H * ND,)](
-            *inputs, g, prepared.carry, erase, *kept, dq, dk, dp, derase, dg, cu, T, B * T, call.N, *strides, _stride(g),
-            _stride(erase), scale, call.floor, *heads_of, _heads(g), _heads(erase), K, V, ND, LEVELS=call.C.bit_length() - 1,
-            FRAME=call.frame > 0, GATE=gate, SPLIT=dtype != torch.float32, DT=call.triton_dtype(tl), **shared,
+            *inputs, g_tiles, prepared.carry, erase, *kept, *results[:3], derase, results[3], cu, T, B * T, call.N, *strides,
+            stride_g, _stride(erase), scale, call.floor, *heads_of, g_heads, _heads(erase), K, V, ND,
+            LEVELS=call.C.bit_length() - 1, FRAME=call.frame > 0, GATE=gate, DESC=desc, STORE=store, SPLIT=dtype != torch.float32,
+            DT=call.triton_dtype(tl), **shared,
         )  # fmt: skip
     else:
-        desc = t.descriptors and K % BD == 0 and V == BV and _aligned(*inputs)
-        if desc:
-            wrap = lambda a, width: None if a is None else _wrapped(a, call.C, width)
-            inputs = tuple(wrap(a, BD if n < 3 else BV) for n, a in enumerate(inputs))
-            kept = tuple(TensorDescriptor(a, [NB * H * V, K], [K, 1], [BV, BD]) for a in kept)
-        results = (dq, dk, dp)
-        store = desc and not call.ragged and all(a is None or a.dtype == dtype for a in results)
-        if store:
-            results = tuple(None if a is None else _wrapped(a[0], call.C, BD) for a in results)
         gradients_scalar[(NB * H * ND,)](
             *inputs, prepared.factors, prepared.carry, erase, *kept, *results, derase, dg, cu, T, B * T, call.N, NB, *strides,
             _stride(erase), scale, *heads_of, _heads(erase), K, V, ND, DECAY=g is not None, DESC=desc,

@@ -28,16 +28,6 @@ def chosen_sums(m, high, low, SPLIT: tl.constexpr, IP: tl.constexpr):
 
 
 @triton.jit
-def choose(m, x, DT: tl.constexpr, SPLIT: tl.constexpr, IP: tl.constexpr):
-    """m x for a 0/1 matrix m [C, C] and x [C, channels] in fp32, as high and low parts."""
-    high = x.to(DT)
-    y = tl.dot(m, high, input_precision=IP)
-    if SPLIT:
-        y = tl.dot(m, (x - high.to(tl.float32)).to(DT), y, input_precision=IP)
-    return y
-
-
-@triton.jit
 def before_frame(gb, n, C: tl.constexpr):
     """Base-2 sum of the log-decays gb [C, BD] before frame n [BD]."""
     return tl.sum(tl.where((tl.arange(0, C) < n * FRAME_ROWS)[:, None], gb, 0.0), 0) * LOG2E
@@ -193,18 +183,76 @@ def prepare_vector(
 
 
 @triton.jit
-def pair_gradients(qb, kb, pb, be, fq, fe, fp, m, dA, dL, DT: tl.constexpr, IP: tl.constexpr):
-    """Gradients of q, e, p from the pairs in mask m with factors fq, fe, fp, and their flow through the decays."""
-    pf = (pb * fp).to(DT)
-    qf = (qb * fq).to(DT)
-    ef = (kb * (fe * be[:, None])).to(DT)
-    dA = tl.where(m, dA, tl.zeros_like(dA))
-    dL = tl.where(m, dL, tl.zeros_like(dL))
-    Yq = tl.dot(dA, pf, input_precision=IP)
-    Ye = tl.dot(dL, pf, input_precision=IP)
-    Yp = tl.dot(tl.trans(qf), dA, input_precision=IP)
-    Yp = tl.trans(tl.dot(tl.trans(ef), dL, Yp, input_precision=IP))
-    return Yq * fq, Ye * fe, Yp * fp, Yq * qf, Ye * ef, Yp * pf
+def transposed_factor(gt, high, low, which: tl.constexpr, level, C: tl.constexpr, SPLIT: tl.constexpr, IP: tl.constexpr):
+    """Log-decays [BD, C], base 2: over s <= t (0), s < t (1), s > t (2), s <= t of the frame (3), to a block's middle (4, 5)."""
+    i = tl.arange(0, C)[:, None]  # s
+    j = tl.arange(0, C)[None, :]  # t
+    if which == 0:
+        m = i <= j
+    elif which == 1:
+        m = i < j
+    elif which == 2:
+        m = i > j
+    elif which == 3:
+        m = (i // FRAME_ROWS == j // FRAME_ROWS) & (i <= j)
+    else:
+        middle = ((j >> (level + 1)) << (level + 1)) + (1 << level)
+        last = (i <= j) if which == 4 else (i < j)
+        m = ((j >= middle) & (i >= middle) & last) | ((j < middle) & (i < middle) & (i > j))
+    x = tl.dot(high, m.to(high.dtype), input_precision=IP)
+    if SPLIT:
+        x = tl.dot(low, m.to(high.dtype), x, input_precision=IP)
+    return x * LOG2E
+
+
+@triton.jit
+def pair_mask(C: tl.constexpr, level, FRAME: tl.constexpr, LATER_FIRST: tl.constexpr):
+    """The pairs of a level, rows the later token (LATER_FIRST) or the earlier one. Level 3 with FRAME: those inside a frame."""
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    if LATER_FIRST:
+        later, earlier = i, j
+    else:
+        later, earlier = j, i
+    m = ((later >> (level + 1)) == (earlier >> (level + 1))) & ((later >> level) > (earlier >> level))
+    if FRAME:
+        inside = (later // FRAME_ROWS == earlier // FRAME_ROWS) & (later > earlier)
+        m = ((level == 3) & inside) | ((level > 3) & m)
+    return m
+
+
+@triton.jit
+def level_factors(
+    gt, high, low, E, E_strict, level, C: tl.constexpr, FRAME: tl.constexpr, STRICT: tl.constexpr,
+    SPLIT: tl.constexpr, IP: tl.constexpr,
+):  # fmt: skip
+    """(factor of the tokens that read, factor of the tokens that wrote) [BD, C] of a level."""
+    if FRAME:
+        f = tl.arange(0, C) // FRAME_ROWS
+        far = tl.zeros_like(E)
+        for n in tl.static_range(0, C // FRAME_ROWS):
+            middle = ((n >> (level - 3)) << (level - 3)) + (1 << tl.maximum(level - 4, 0))
+            # log-decays between the frame's start and the middle of its block; none inside a frame
+            between = (f >= tl.minimum(n, middle)) & (f < tl.maximum(n, middle)) & (level > 3)
+            x = tl.sum(tl.where(between[None, :], gt, 0.0), 1) * LOG2E
+            far = tl.where((f == n)[None, :], x[:, None], far)
+        shift = tl.exp2(far)
+        reader = tl.exp2(E_strict if STRICT else E) * shift
+        writer = tl.exp2(-E) * shift
+    else:
+        reader = tl.exp2(transposed_factor(gt, high, low, 5 if STRICT else 4, level, C, SPLIT, IP))
+        writer = reader
+    return reader, writer
+
+
+@triton.jit
+def over_time(x, m, DT: tl.constexpr, SPLIT: tl.constexpr, IP: tl.constexpr):
+    """x [BD, C] in fp32 times a 0/1 matrix m [C, C], as high and low parts."""
+    high = x.to(DT)
+    y = tl.dot(high, m.to(DT), input_precision=IP)
+    if SPLIT:
+        y = tl.dot((x - high.to(tl.float32)).to(DT), m.to(DT), y, input_precision=IP)
+    return y
 
 
 @triton.jit
@@ -213,10 +261,14 @@ def gradients_vector(
     T, BT, N, stride_q, stride_k, stride_p, stride_o, stride_g, stride_e, scale, floor, H, Hq, Hk, Hp, Hg, He, K, V, ND,
     BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, FRAME: tl.constexpr,
     ERASE: tl.constexpr, SAME: tl.constexpr, EXCL: tl.constexpr, BEFORE: tl.constexpr, GATE: tl.constexpr,
-    ROWS: tl.constexpr, COL_D: tl.constexpr, COL_V: tl.constexpr, PACKED: tl.constexpr,
+    DESC: tl.constexpr, STORE: tl.constexpr, ROWS: tl.constexpr, COL_D: tl.constexpr, COL_V: tl.constexpr, PACKED: tl.constexpr,
     SPLIT: tl.constexpr, DT: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """Gradients inside one chunk, for one tile of key channels. Outputs [BT, H, *]; derase is a part of a sum over the tiles."""
+    """Gradients inside one chunk, for one tile of key channels. Outputs [BT, H, *]; derase is a part of a sum over the tiles.
+
+    Everything is transposed, [BD, C]: scaled operands are register operands, and the pair matrices are formed in both orders, so
+    that no transposed accumulator becomes an operand. One of q, e, p at a time.
+    """
     pid = tl.program_id(0)
     id = pid % ND
     h = (pid // ND) % H
@@ -232,115 +284,98 @@ def gradients_vector(
         v = tl.arange(0, BV)
         cd = id * BD
         index = chunk * H + h
-        OT: tl.constexpr = dq.dtype.element_ty
+        OT: tl.constexpr = dq.dtype if STORE else dq.dtype.element_ty
         wide = H * K
         column = h * K + cd
-        xb = load_tile(x, row, ok, H * V, h * V, V, v, False, ROWS, COL_V)
-        ob = load_tile(do, row, ok, stride_o, h * V, V, v, False, ROWS, COL_V)
-        dA = tl.dot(ob, tl.trans(xb), input_precision=IP)
-        own = tl.sum(tl.where(i == j, dA, 0.0), 1) * scale
-        dA = tl.where(i > j, dA * scale, 0.0).to(DT)
-        Sb = state_tile(S, index, 0, cd, v, d, V, K, False, COL_D or COL_V)
-        gq = tl.dot(ob, Sb, input_precision=IP)
-        yb = load_tile(y, row, ok, H * V, h * V, V, v, False, ROWS, COL_V)
-        dL = tl.dot(yb, tl.trans(xb), input_precision=IP)
-        dL = tl.where(i > j, -dL, 0.0).to(DT)
-        ge = tl.dot(yb, Sb, input_precision=IP)
-        Rb = state_tile(R, index, 0, cd, v, d, V, K, False, COL_D or COL_V)
-        through = tl.sum(Sb.to(tl.float32) * Rb.to(tl.float32), 0)
-        gp = tl.dot(xb, Rb, input_precision=IP)
+        LOWEST: tl.constexpr = 3 if FRAME else 0
         be = gate_column(erase, row64 + r, stride_e, h // (H // He), ok, ERASE)
-        gb = load_tile(g, row, ok, stride_g, (h // (H // Hg)) * K + cd, K - cd, d, False, ROWS, COL_D)
-        gb = tl.maximum(gb.to(tl.float32), floor)
-        high = gb.to(DT)
-        low = (gb - high.to(tl.float32)).to(DT)
+        gt = tl.trans(load_tile(g, row, ok, stride_g, (h // (H // Hg)) * K + cd, K - cd, d, DESC, ROWS, COL_D))
+        gt = tl.maximum(gt.to(tl.float32), floor)
+        high = gt.to(DT)
+        low = (gt - high.to(tl.float32)).to(DT)
         if FRAME:
-            start, end, _ = frame_factors(gb, C, BD)
-            E = chosen_sums(((i // FRAME_ROWS == j // FRAME_ROWS) & (i >= j)).to(DT), high, low, SPLIT, IP)
-            fk = tl.exp2(-E)
-            fq = tl.exp2(E - gb * LOG2E) if EXCL else tl.exp2(E)
-            fe = tl.exp2(E - gb * LOG2E) if BEFORE else tl.exp2(E)
-            gq = gq * (fq * start * scale)
-            ge = ge * (fe * -start)
-            gp = gp * (fk * end)
+            E = transposed_factor(gt, high, low, 3, 0, C, SPLIT, IP)
         else:
-            gq = gq * (tl.exp2(chosen_sums((i > j if EXCL else i >= j).to(DT), high, low, SPLIT, IP)) * scale)
-            ge = ge * -tl.exp2(chosen_sums((i > j if BEFORE else i >= j).to(DT), high, low, SPLIT, IP))
-            gp = gp * tl.exp2(chosen_sums((i < j).to(DT), high, low, SPLIT, IP))
-        qb = load_tile(q, row, ok, stride_q, (h // (H // Hq)) * K + cd, K - cd, d, False, ROWS, COL_D)
-        pb = load_tile(p, row, ok, stride_p, (h // (H // Hp)) * K + cd, K - cd, d, False, ROWS, COL_D)
+            E = tl.zeros_like(gt)
+        E_strict = E - gt * LOG2E
+        pt = tl.trans(load_tile(p, row, ok, stride_p, (h // (H // Hp)) * K + cd, K - cd, d, DESC, ROWS, COL_D))
+        now = tl.zeros([BD, C], tl.float32)
+        later = tl.zeros([BD, C], tl.float32)
+        # ---- reads: q
+        xb = load_tile(x, row, ok, H * V, h * V, V, v, DESC, ROWS, COL_V)
+        ob = load_tile(do, row, ok, stride_o, h * V, V, v, DESC, ROWS, COL_V)
+        Sb = state_tile(S, index, 0, cd, v, d, V, K, DESC, COL_D or COL_V)
+        pair = tl.dot(xb, tl.trans(ob), input_precision=IP)  # [s, t]
+        own = tl.sum(tl.where(i == j, pair, 0.0), 0) * scale
+        pair = (pair * scale).to(DT)
+        G = tl.dot(tl.trans(Sb), tl.trans(ob), input_precision=IP)
+        G = G * (tl.exp2(transposed_factor(gt, high, low, 1 if EXCL else 0, 0, C, SPLIT, IP)) * scale)
+        qt = tl.trans(load_tile(q, row, ok, stride_q, (h // (H // Hq)) * K + cd, K - cd, d, DESC, ROWS, COL_D))
+        flow = G * qt
+        for level in tl.range(LOWEST, LEVELS, num_stages=1):
+            reader, writer = level_factors(gt, high, low, E, E_strict, level, C, FRAME, EXCL, SPLIT, IP)
+            pf = (pt * writer).to(DT)
+            Y = tl.dot(pf, tl.where(pair_mask(C, level, FRAME, False), pair, tl.zeros_like(pair)), input_precision=IP)
+            G += Y * reader
+            flow += Y * (qt * reader).to(DT)
+        if EXCL:
+            later += flow
+        else:
+            now += flow
+            G += own[None, :] * pt.to(tl.float32)
+        store_tile(dq, tl.trans(G.to(OT)), row, row64, ok, wide, column, K - cd, d, STORE, ROWS, COL_D)
+        # ---- erasures: e
+        yb = load_tile(y, row, ok, H * V, h * V, V, v, DESC, ROWS, COL_V)
+        pair = (-tl.dot(xb, tl.trans(yb), input_precision=IP)).to(DT)
+        G = -tl.dot(tl.trans(Sb), tl.trans(yb), input_precision=IP)
+        G = G * tl.exp2(transposed_factor(gt, high, low, 1 if BEFORE else 0, 0, C, SPLIT, IP))
         if SAME:
-            kb = pb
+            kt = pt
         else:
-            kb = load_tile(k, row, ok, stride_k, (h // (H // Hk)) * K + cd, K - cd, d, False, ROWS, COL_D)
-        # flow through the decays: counted from the token that reads (now, or the next one for reads before the decay) back to the
-        # one that wrote; `writes` go beyond the chunk
-        now = tl.zeros([C, BD], tl.float32)
-        later = tl.zeros([C, BD], tl.float32)
+            kt = tl.trans(load_tile(k, row, ok, stride_k, (h // (H // Hk)) * K + cd, K - cd, d, DESC, ROWS, COL_D))
+        flow = G * (kt * be[None, :])
+        for level in tl.range(LOWEST, LEVELS, num_stages=1):
+            reader, writer = level_factors(gt, high, low, E, E_strict, level, C, FRAME, BEFORE, SPLIT, IP)
+            pf = (pt * writer).to(DT)
+            Y = tl.dot(pf, tl.where(pair_mask(C, level, FRAME, False), pair, tl.zeros_like(pair)), input_precision=IP)
+            G += Y * reader
+            flow += Y * (kt * (reader * be[None, :])).to(DT)
+        if BEFORE:
+            later += flow
+        else:
+            now += flow
+        if ERASE:
+            tl.store(derase + (id * H + h).to(tl.int64) * BT + row64 + r, tl.sum(G * kt, 0), mask=ok)
+        Ge = G * be[None, :]
+        if not SAME:
+            store_tile(dk, tl.trans(Ge.to(OT)), row, row64, ok, wide, column, K - cd, d, STORE, ROWS, COL_D)
+        # ---- writes: p
+        Rb = state_tile(R, index, 0, cd, v, d, V, K, DESC, COL_D or COL_V)
+        G = tl.dot(tl.trans(Rb), tl.trans(xb), input_precision=IP)
+        G = G * tl.exp2(transposed_factor(gt, high, low, 2, 0, C, SPLIT, IP))
         if GATE:
             wc = tl.load(carry + index.to(tl.int64) * K + cd + d, mask=cd + d < K, other=0.0)
-            total = choose((i > j).to(DT), gp * pb, DT, SPLIT, IP) + (through * wc)[None, :]
-            if EXCL:
-                later += gq * qb
-            else:
-                now += gq * qb
-            if BEFORE:
-                later += ge * kb * be[:, None]
-            else:
-                now += ge * kb * be[:, None]
-        if FRAME:  # level 3 stands for the pairs inside the frames, anchored at the frame's start
-            for level in tl.static_range(3, LEVELS):
-                shift = frame_shift(gb, level, C, BD)
-                m = frame_mask(C, level)
-                Yq, Ye, Yp, wq, we, wp = pair_gradients(qb, kb, pb, be, fq * shift, fe * shift, fk * shift, m, dA, dL, DT, IP)
-                gq += Yq
-                ge += Ye
-                gp += Yp
-                if GATE:
-                    now -= wp
-                    if EXCL:
-                        later += wq
-                    else:
-                        now += wq
-                    if BEFORE:
-                        later += we
-                    else:
-                        now += we
-        else:
-            for level in tl.range(0, LEVELS, num_stages=1):
-                flq = tl.exp2(chosen_sums(halving_matrix(C, level, EXCL).to(DT), high, low, SPLIT, IP))
-                fle = flq
-                if EXCL != BEFORE:
-                    fle = tl.exp2(chosen_sums(halving_matrix(C, level, BEFORE).to(DT), high, low, SPLIT, IP))
-                m = block_mask(C, level)
-                Yq, Ye, Yp, wq, we, wp = pair_gradients(qb, kb, pb, be, flq, fle, flq, m, dA, dL, DT, IP)
-                gq += Yq
-                ge += Ye
-                gp += Yp
-                if GATE:
-                    now -= wp
-                    if EXCL:
-                        later += wq
-                    else:
-                        now += wq
-                    if BEFORE:
-                        later += we
-                    else:
-                        now += we
-        if GATE:
-            total += choose((i <= j).to(DT), now, DT, SPLIT, IP)
-            if EXCL or BEFORE:
-                total += choose((i < j).to(DT), later, DT, SPLIT, IP)
-            store_tile(dg, total.to(dg.dtype.element_ty), row, row64, ok, wide, column, K - cd, d, False, ROWS, COL_D)
+            passing = tl.dot(tl.trans(Rb), Sb, input_precision=IP)
+            passing = tl.sum(tl.where(d[:, None] == d[None, :], passing, 0.0), 1) * wc
+            total = over_time(G * pt, i < j, DT, SPLIT, IP) + passing[:, None]
+        pair = (tl.dot(ob, tl.trans(xb), input_precision=IP) * scale).to(DT)  # [t, s]
+        erased = (-tl.dot(yb, tl.trans(xb), input_precision=IP)).to(DT)
+        for level in tl.range(LOWEST, LEVELS, num_stages=1):
+            m = pair_mask(C, level, FRAME, True)
+            reader, writer = level_factors(gt, high, low, E, E_strict, level, C, FRAME, EXCL, SPLIT, IP)
+            Y = tl.dot((qt * reader).to(DT), tl.where(m, pair, tl.zeros_like(pair)), input_precision=IP)
+            if EXCL != BEFORE:
+                reader, _ = level_factors(gt, high, low, E, E_strict, level, C, FRAME, BEFORE, SPLIT, IP)
+            Y = tl.dot((kt * (reader * be[None, :])).to(DT), tl.where(m, erased, tl.zeros_like(erased)), Y, input_precision=IP)
+            G += Y * writer
+            now -= Y * (pt * writer).to(DT)
         if not EXCL:
-            gq += own[:, None] * pb.to(tl.float32)
-            gp += own[:, None] * qb.to(tl.float32)
-        store_tile(dq, gq.to(OT), row, row64, ok, wide, column, K - cd, d, False, ROWS, COL_D)
-        if ERASE:
-            tl.store(derase + (id * H + h).to(tl.int64) * BT + row64 + r, tl.sum(ge * kb, 1), mask=ok)
-            ge = ge * be[:, None]
+            G += own[None, :] * qt.to(tl.float32)
         if SAME:
-            gp += ge
-        else:
-            store_tile(dk, ge.to(OT), row, row64, ok, wide, column, K - cd, d, False, ROWS, COL_D)
-        store_tile(dp, gp.to(OT), row, row64, ok, wide, column, K - cd, d, False, ROWS, COL_D)
+            G += Ge
+        store_tile(dp, tl.trans(G.to(OT)), row, row64, ok, wide, column, K - cd, d, STORE, ROWS, COL_D)
+        if GATE:
+            total += over_time(now, i >= j, DT, SPLIT, IP)
+            if EXCL or BEFORE:
+                total += over_time(later, i > j, DT, SPLIT, IP)
+            store_tile(dg, tl.trans(total), row, row64, ok, wide, column, K - cd, d, STORE, ROWS, COL_D)

@@ -1,7 +1,6 @@
 """Backend `triton` of delta_rule: custom operators around the GPU kernels. Triton itself is imported at the first call.
 
-Training with a 16-bit per-channel decay runs on the torch backend: the compiler gets the gradient kernel wrong at the tiles that
-would be fast (its fp32 form and all forward kernels are right).
+On a GPU, training with a per-channel decay runs on the torch backend: its gradient kernel has only run in the interpreter.
 """
 
 # No `from __future__ import annotations` here: custom operators read their schema from the annotations.
@@ -106,8 +105,8 @@ def delta_core(q, k, p, v, erase, write, g, S0, cu_seqlens, scale, before_decay,
     """A delta core of linnet/ops/_algebra.py; `dtype` is fp32 here. 16-bit operands are multiplied as bf16."""
     tensors = (q, k, p, v, erase, write, g, S0)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    wrong = save and g is not None and g.shape[3] > 1 and q.dtype != torch.float32
-    if wrong or (q.shape[1] == 1 and cu_seqlens is None and not save):
+    unchecked = save and g is not None and g.shape[3] > 1 and q.is_cuda
+    if unchecked or (q.shape[1] == 1 and cu_seqlens is None and not save):
         return torch_core(q, k, p, v, erase, write, g, S0, cu_seqlens, scale, before_decay, exclusive, heads, dtype)
     kind = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
     q, k, p, v = (None if x is None else x.to(kind) for x in (q, k, p, v))
