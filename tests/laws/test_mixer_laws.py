@@ -691,8 +691,8 @@ BAD = {
         ({"lrpe": "cosine", "grid": (2, 2, 2)}, "lrpe"), ({"grid": (3,)}, "grid"), ({"grid": (3, 0)}, "grid"), ({"tpe": 1}, "tpe"),
     ],
     "softmax_rnn": [
-        ({"order": 0}, "order"), ({"lowest": 3}, "lowest"), ({"feature_size": 3}, "feature_size"), ({"denominator": "max"}, "denominator"),
-        ({"gate": "cell"}, "gate"), ({"norm": "batch"}, "norm"), ({"position": "alibi"}, "position"), ({"kv_heads": 3}, "kv_heads"),
+        ({"order": 0}, "order"), ({"lowest": 3}, "lowest"), ({"feature_size": 3}, "feature_size"),
+        ({"denominator": "max"}, "denominator"), ({"gate": "cell"}, "gate"), ({"norm": "batch"}, "norm"), ({"position": "alibi"}, "position"), ({"kv_heads": 3}, "kv_heads"),
     ],
     "rpe_kernel": [
         ({"max_distance": 0}, "max_distance"), ({"feature_map": "exp"}, "feature_map"), ({"num_features": 0}, "num_features"),
@@ -700,8 +700,8 @@ BAD = {
         ({"normalizer_eps": -1.0}, "normalizer_eps"),
     ],
     "monarch_mixer": [
-        ({"max_length": 1}, "max_length"), ({"filter_size": 0}, "filter_size"), ({"bands": 0}, "bands"), ({"frequency": 0}, "frequency"),
-        ({"conv_size": 0}, "conv_size"), ({"residual": None}, "residual"), ({"bidirectional": "both"}, "bidirectional"),
+        ({"max_length": 1}, "max_length"), ({"filter_size": 0}, "filter_size"), ({"bands": 0}, "bands"),
+        ({"frequency": 0}, "frequency"), ({"conv_size": 0}, "conv_size"), ({"residual": None}, "residual"), ({"bidirectional": "both"}, "bidirectional"),
     ],
     "ttt_linear": [
         ({"heads": 3}, "heads"), ({"heads": 16}, "heads"), ({"mini_batch": 0}, "mini_batch"), ({"base_lr": 0}, "base_lr"),

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from formula_cases import heads_first, input_fixture, perturbed
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,22 +19,14 @@ EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
 
 def make(name: str, **options):
-    torch.manual_seed(0)
-    mixer = build_mixer(name, D, H, **options).double()
-    with torch.no_grad():
-        for parameter in mixer.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return mixer
+    return perturbed(name, D, H, **options)
 
 
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+x = input_fixture(T, D)
 
 
 def heads(y: Tensor, count: int = H) -> Tensor:
-    """[T, heads * channels] -> [heads, T, channels]"""
-    return y.unflatten(-1, (count, -1)).transpose(0, 1)
+    return heads_first(y, count)
 
 
 def turned(y: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from formula_cases import heads_first, input_fixture, merged, perturbed, rms
 from torch import Tensor
 
 from linnet.feature_maps import hedgehog_features, quadratic_features, taylor_features
@@ -17,32 +18,15 @@ T, D, H = 11, 16, 2
 K = D // H
 
 
-def make(name: str, layer_index: int = 0, num_layers: int = 1, noise: float = 0.3, **options):
-    torch.manual_seed(0)
-    mixer = build_mixer(name, D, H, layer_index=layer_index, num_layers=num_layers, **options).double()
-    with torch.no_grad():
-        for parameter in mixer.parameters():
-            parameter.add_(noise * torch.randn_like(parameter))
-    return mixer
+def make(name: str, layer_index: int = 0, num_layers: int = 1, **options):
+    return perturbed(name, D, H, layer_index=layer_index, num_layers=num_layers, **options)
 
 
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+x = input_fixture(T, D)
 
 
 def heads(y: Tensor, count: int = H) -> Tensor:
-    """[T, H*K] -> [H, T, K]"""
-    return y.unflatten(-1, (count, -1)).transpose(0, 1)
-
-
-def merged(o: Tensor) -> Tensor:
-    """[H, T, V] -> [T, H*V]"""
-    return o.transpose(0, 1).flatten(1)
-
-
-def rms(y: Tensor, weight: Tensor | float = 1.0, eps: float = 1e-5) -> Tensor:
-    return weight * y / (y.square().mean(-1, keepdim=True) + eps).sqrt()
+    return heads_first(y, count)
 
 
 def centred(y: Tensor, eps: float) -> Tensor:

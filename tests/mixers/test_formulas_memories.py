@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from formula_cases import perturbed
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -18,12 +19,7 @@ DOCUMENTS = (9, 1, 0, 13, 2)
 
 
 def make(name: str, spread: float = 0.3, **options):
-    torch.manual_seed(0)
-    mixer = build_mixer(name, D, H, **options).double()
-    with torch.no_grad():
-        for parameter in mixer.parameters():
-            parameter.add_(spread * torch.randn_like(parameter))
-    return mixer
+    return perturbed(name, D, H, noise=spread, **options)
 
 
 def inputs(tokens: int, seed: int = 1, batch: int = 1) -> Tensor:
