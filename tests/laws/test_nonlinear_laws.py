@@ -124,16 +124,13 @@ def test_forcing_of_strength_one_replaces_the_unit_and_stops_its_gradient():
     assert bool((leaf.grad[:, :2] == 0).all()) and bool((leaf.grad[:, 2] != 0).any())
 
 
-@every_op
 @torch.no_grad()
-def test_huge_gates_stay_finite(case):
+def test_huge_gates_stay_finite():
     """Input gates of e^500 and forget gates of e^-500: only ratios of the stored C and n are formed."""
-    time, other, _ = operands(case, 1, 6, 1)
-    if case != "slstm":
-        pytest.skip("a linear growth is the recurrence itself")
+    _, other, _ = operands("slstm", 1, 6, 1)
     big = 500 * torch.randn(1, 6, 2, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     for backend in ("reference", "torch"):
-        y, new = run(case, {"x_BTHGK": big}, other, backend=backend)
+        y, new = run("slstm", {"x_BTHGK": big}, other, backend=backend)
         assert bool(y.isfinite().all()) and all(bool(s.isfinite().all()) for s in new)
         assert float(y.abs().max()) <= 1
 
