@@ -70,6 +70,7 @@ VARIANTS = {
     "gla-conv": ("gla", {"conv_size": 3, "kv_heads": 1, "feature_map": "relu", "decay_min": -0.03}),
     "gla-signed": ("gla", {"allow_neg_eigval": True, "temperature": 1.0, "kv_heads": 1}),
     "mamba2-groups": ("mamba2", {"groups": 2, "norm_groups": 1, "norm_before_gate": True, "dt_limit": (0.01, 0.5), "bias": True}),
+    "hgrn-complex": ("hgrn", {"complex": True}),
     "hgrn-conv": ("hgrn", {"conv_size": 4, "expand": 2, "output": "gate_norm", "lower_bound": "fixed"}),
     "deltanet-plain": ("deltanet", {"conv_size": None, "feature_map": "elu+1", "qk_norm": "sum", "gate": True, "beta": False}),
     "gated_deltanet-grouped": ("gated_deltanet", {"value_heads": 4, "gate": False, "conv_size": None, "allow_neg_eigval": True}),
@@ -607,6 +608,7 @@ BAD = {
     "hgrn": [
         ({"lower_bound": "high"}, "lower_bound"), ({"output": "plain"}, "output"), ({"expand": -1}, "expand"),
         ({"conv_size": 2.5}, "conv_size"),
+        ({"complex": 1}, "complex"),
     ],
     "deltanet": [
         ({"qk_norm": "rms"}, "qk_norm"), ({"qk_norm": "sum"}, "feature_map"), ({"expand_v": 0.3}, "expand_v"),

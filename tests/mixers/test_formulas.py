@@ -89,6 +89,18 @@ def test_hgrn(x):
     assert_same(m, x, m.o_proj(rms(torch.stack(out), m.o_norm.weight) * F.silu(m.g_proj(x))))
 
 
+def test_hgrn_with_a_complex_state(x):
+    m = make("hgrn", 0, 4, complex=True, output="gate_norm")
+    f = torch.sigmoid(m.f_proj(x))
+    real, imaginary = F.silu(m.i_proj(x)).chunk(2, -1)
+    h, out = torch.zeros(D, dtype=torch.complex128), []
+    for t in range(T):
+        h = f[t] * torch.exp(1j * m.theta) * h + (1 - f[t]) * (real[t] + 1j * imaginary[t])
+        out.append(torch.cat((h.real, h.imag)))
+    y = torch.stack(out) * torch.sigmoid(m.g_proj(x))
+    assert_same(m, x, m.o_proj(F.layer_norm(y, (2 * D,), m.o_norm.weight, m.o_norm.bias, 1e-5)))
+
+
 @pytest.mark.parametrize("kept", [[0, 1, 2, 3], [1, 3], [0, 3], [2]])
 def test_hgrn_lower_bounds_start_at_their_depth_in_any_hybrid(kept):
     context = Context()
