@@ -694,7 +694,8 @@ BAD = {
     ],
     "softmax_rnn": [
         ({"order": 0}, "order"), ({"lowest": 3}, "lowest"), ({"feature_size": 3}, "feature_size"),
-        ({"denominator": "max"}, "denominator"), ({"gate": "cell"}, "gate"), ({"norm": "batch"}, "norm"), ({"position": "alibi"}, "position"), ({"kv_heads": 3}, "kv_heads"),
+        ({"denominator": "max"}, "denominator"), ({"gate": "cell"}, "gate"), ({"norm": "batch"}, "norm"),
+        ({"position": "alibi"}, "position"), ({"kv_heads": 3}, "kv_heads"),
     ],
     "rpe_kernel": [
         ({"max_distance": 0}, "max_distance"), ({"feature_map": "exp"}, "feature_map"), ({"num_features": 0}, "num_features"),
@@ -703,7 +704,8 @@ BAD = {
     ],
     "monarch_mixer": [
         ({"max_length": 1}, "max_length"), ({"filter_size": 0}, "filter_size"), ({"bands": 0}, "bands"),
-        ({"frequency": 0}, "frequency"), ({"conv_size": 0}, "conv_size"), ({"residual": None}, "residual"), ({"bidirectional": "both"}, "bidirectional"),
+        ({"frequency": 0}, "frequency"), ({"conv_size": 0}, "conv_size"), ({"residual": None}, "residual"),
+        ({"bidirectional": "both"}, "bidirectional"),
     ],
     "ttt_linear": [
         ({"heads": 3}, "heads"), ({"heads": 16}, "heads"), ({"mini_batch": 0}, "mini_batch"), ({"base_lr": 0}, "base_lr"),
