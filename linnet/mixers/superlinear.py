@@ -49,9 +49,8 @@ class Superlinear(CachedAttention):
     def add_parts(self) -> None:
         super().add_parts()
         c = self.config
-        self.search_dim = c.search_dim or c.size
-        self.search_q_proj = nn.Linear(c.d_model, c.heads * self.search_dim, bias=False)
-        self.search_k_proj = nn.Linear(c.d_model, c.groups * self.search_dim, bias=False)
+        self.search_dim = size = c.search_dim or c.size
+        self.search_q_proj, self.search_k_proj = (nn.Linear(c.d_model, n * size, bias=False) for n in (c.heads, c.groups))
         self.dt_proj = nn.Linear(c.d_model, c.groups, bias=False)
         self.A_log, self.dt_bias = (nn.Parameter(torch.empty(c.groups)) for _ in range(2))
 
