@@ -8,18 +8,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import error
 
 import linnet.ops as ops
 
 FP32, BF16 = 2e-5, 5e-3
 SCALAR, VECTOR = {}, {"log_decay_min": -5.0}
-
-
-def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    assert got.shape == want.shape
-    if not bool(torch.isfinite(got).all()):
-        return float("inf")
-    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
 
 
 def operands(

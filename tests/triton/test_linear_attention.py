@@ -10,19 +10,12 @@ import sys
 
 import pytest
 import torch
+from accuracy import error
 
 import linnet.ops as ops
 from linnet.ops.triton import _table
 
 FP32, BF16 = 2e-5, 5e-3
-
-
-def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    assert got.shape == want.shape
-    if not bool(torch.isfinite(got).all()):
-        return float("inf")
-    got, want = got.double(), want.double()
-    return float((got - want).norm() / want.norm().clamp_min(1e-30))
 
 
 def operands(device, T, K=16, V=16, B=2, heads=(2, 1, 2, 1), kind="scalar", strength=1.0, dtype=torch.float32, rows=None, seed=0):

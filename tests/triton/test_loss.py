@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accuracy import error
 
 import linnet.ops as ops
 from linnet.models import linear_cross_entropy
@@ -14,11 +15,6 @@ from linnet.ops.triton import _scan_table
 def short_blocks(device, monkeypatch):
     if device == "cpu":
         monkeypatch.setitem(_scan_table.TABLE["sm90"], "softmax_cross_entropy", _scan_table.Tile(U=32, stages=1, warps=1))
-
-
-def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    assert got.shape == want.shape
-    return float((got.detach().double() - want.double()).norm() / want.detach().double().norm().clamp_min(1e-30))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

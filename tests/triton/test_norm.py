@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accuracy import error
 
 import linnet.ops as ops
 
 LIMITS = {torch.float32: 3e-6, torch.bfloat16: 5e-3, torch.float16: 5e-3}
-
-
-def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    assert got.shape == want.shape
-    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
 
 
 def operands(device, *shape, gate=True, weight=True, dtype=torch.float32):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accuracy import error
 
 import linnet.ops as ops
 from linnet.ops.triton import _scan_table
@@ -15,13 +16,6 @@ LIMITS = {torch.float32: 2e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 def short_steps(device, monkeypatch):
     if device == "cpu":  # a short sequence has unrolled parts and splits, too
         monkeypatch.setitem(_scan_table.TABLE["sm90"], "scan", _scan_table.Tile(U=4, stages=1))
-
-
-def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    assert got.shape == want.shape
-    if not bool(torch.isfinite(got).all()):
-        return float("inf")
-    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
 
 
 def operands(device, B, T, F, kind="log_a", shape=None, dtype=torch.float32, strength=1.0, rows=None, seed=0):

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accuracy import error
 
 import linnet.ops as ops
 from linnet.ops.triton import _scan_table
 
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 NAMES = ("x", "delta", "A", "B", "C", "D", "z")
-
-
-def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    assert got.shape == want.shape
-    if not bool(torch.isfinite(got).all()):
-        return float("inf")
-    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
 
 
 def operands(device, B, T, D, N=4, groups=(None, None), skip=True, gate=True, dtype=torch.float32, step=0.5, rows=None, seed=0):

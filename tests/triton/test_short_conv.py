@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accuracy import error
 
 import linnet.ops as ops
 from linnet.ops.triton import _scan_table
@@ -15,13 +16,6 @@ LIMITS = {torch.float32: 5e-6, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 def short_blocks(device, monkeypatch):
     if device == "cpu":  # a short sequence has many blocks, too
         monkeypatch.setitem(_scan_table.TABLE["sm90"], "short_conv", _scan_table.Tile(32, 8, 1))
-
-
-def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    assert got.shape == want.shape
-    if not bool(torch.isfinite(got).all()):
-        return float("inf")
-    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
 
 
 def operands(device, B, T, D, W=4, bias=True, state=True, dtype=torch.float32, rows=None, seed=0):

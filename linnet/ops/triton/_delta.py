@@ -170,9 +170,11 @@ def _join(local: Tensor, maps: Tensor, first: Tensor | None, rows: int, reverse:
 
 def _spread(S: Tensor | None, H: int, first: bool) -> Tensor | None:
     """A state [N, heads, K, V] for H heads; first: an adjoint, which enters one head of a group only."""
-    if S is None or S.shape[1] == H:
-        return S
+    if S is None:
+        return None
     S = S.float()
+    if S.shape[1] == H:
+        return S
     if not first:
         return S.repeat_interleave(H // S.shape[1], 1)
     wide = S.new_zeros(S.shape[0], S.shape[1], H // S.shape[1], *S.shape[2:])

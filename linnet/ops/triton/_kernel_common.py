@@ -110,25 +110,33 @@ def load_block(p, index, cd, cz, d, z, D, Z, DESC: tl.constexpr, TR: tl.constexp
 
 
 @triton.jit
-def block_range(cu, block, T, N, L: tl.constexpr, PACKED: tl.constexpr):
-    """First row and length of the row of the state that owns block number `block` of L tokens, and that block's first token."""
+def block_owner(cu, block, T, N, L: tl.constexpr, PACKED: tl.constexpr):
+    """Row of the state that owns block `block` of L tokens, the row's first token and length, the block's first token in it."""
     if PACKED:
-        low = 0
+        n = 0
         high = N
-        while high - low > 1:  # the last row whose first block is not after this one
-            middle = (low + high) // 2
+        while high - n > 1:  # the last row whose first block is not after this one
+            middle = (n + high) // 2
             if tl.load(cu + middle).to(tl.int32) // L + middle <= block:
-                low = middle
+                n = middle
             else:
                 high = middle
-        first = tl.load(cu + low).to(tl.int32)
-        length = tl.load(cu + low + 1).to(tl.int32) - first
-        begin = (block - (first // L + low)) * L
+        first = tl.load(cu + n).to(tl.int32)
+        length = tl.load(cu + n + 1).to(tl.int32) - first
+        begin = (block - (first // L + n)) * L
     else:
         per = (T + L - 1) // L
-        first = block // per * T
+        n = block // per
+        first = n * T
         length = T
         begin = block % per * L
+    return n, first, length, begin
+
+
+@triton.jit
+def block_range(cu, block, T, N, L: tl.constexpr, PACKED: tl.constexpr):
+    """`block_owner` without the row's number."""
+    _, first, length, begin = block_owner(cu, block, T, N, L, PACKED)
     return first, length, begin
 
 

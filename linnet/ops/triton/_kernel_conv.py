@@ -14,31 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from linnet.ops.triton import _scan_table as table
+from linnet.ops.triton._kernel_common import block_owner
 from linnet.ops.triton._support import rows_of
-
-
-@triton.jit
-def _locate(cu, block, T, N, L: tl.constexpr, PACKED: tl.constexpr):
-    """Row of the state that owns block `block` of L tokens, the row's first token and length, the block's first token in it."""
-    if PACKED:
-        n = 0
-        high = N
-        while high - n > 1:  # the last row whose first block is not after this one
-            middle = (n + high) // 2
-            if tl.load(cu + middle).to(tl.int32) // L + middle <= block:
-                n = middle
-            else:
-                high = middle
-        first = tl.load(cu + n).to(tl.int32)
-        length = tl.load(cu + n + 1).to(tl.int32) - first
-        begin = (block - (first // L + n)) * L
-    else:
-        per = (T + L - 1) // L
-        n = block // per
-        first = n * T
-        length = T
-        begin = block % per * L
-    return n, first, length, begin
 
 
 @triton.jit
@@ -102,7 +79,7 @@ def forward_kernel(
     PACKED: tl.constexpr,
 ):  # fmt: skip
     d = tl.program_id(0) * BD + tl.arange(0, BD)
-    n, first, length, begin = _locate(cu, tl.program_id(1), T, N, L, PACKED)
+    n, first, length, begin = block_owner(cu, tl.program_id(1), T, N, L, PACKED)
     if begin < length:
         row0 = first.to(tl.int64)
         taps, b = _taps(weight, bias, d, D, W, COL, BIAS)
@@ -160,7 +137,7 @@ def backward_kernel(
 ):  # fmt: skip
     d = tl.program_id(0) * BD + tl.arange(0, BD)
     block = tl.program_id(1)
-    n, first, length, begin = _locate(cu, block, T, N, L, PACKED)
+    n, first, length, begin = block_owner(cu, block, T, N, L, PACKED)
     row0 = first.to(tl.int64)
     taps, b = _taps(weight, bias, d, D, W, COL, BIAS)
     later = ()
