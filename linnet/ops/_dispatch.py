@@ -64,11 +64,16 @@ def refusal(op: str, backend: str, arguments: dict[str, Any]) -> str | None:
     return check(arguments) if check is not None else None
 
 
+def passed_over(op: str, backend: str, arguments: dict[str, Any]) -> str | None:
+    """Why `choose` does not take `backend` for this call; None if it may."""
+    reason = refusal(op, backend, arguments)
+    return "runs only where a call names it: no GPU has checked it yet" if reason is None and (op, backend) in _by_name else reason
+
+
 def choose(op: str, arguments: dict[str, Any]) -> str:
     """The backend that runs this call when none is named: the first one that can; `reference` only by name."""
     for backend in BACKENDS[:-1]:
-        known = (op, backend) in _implementations and (op, backend) not in _by_name
-        if known and refusal(op, backend, arguments) is None:
+        if (op, backend) in _implementations and passed_over(op, backend, arguments) is None:
             return backend
     return "reference"
 
