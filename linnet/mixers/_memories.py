@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from linnet import ops
 from linnet.mixers import _layers as L
 from linnet.mixers._base import Context, Mixer, State
+from linnet.mixers._options import MixerConfig, number, share, size
 
 RECURRENCES = {  # update, decay
     "linear_attention": ("linear", "none"),
@@ -19,6 +21,26 @@ RECURRENCES = {  # update, decay
     "deltanet": ("delta", "none"),
     "gated_deltanet": ("delta", "head"),
 }
+
+
+@dataclass(frozen=True)
+class MemoriesConfig(MixerConfig):
+    """Heads of every memory, and what routing and gates need."""
+
+    heads: int = size(4, "heads of every memory or partition")
+    balance: float = number(0.01, "weight of the balance loss; 0: none", least=0)
+    head_dim: int | None = size(None, "key channels per head (None: d_model / heads)")
+    expand_v: float = share(1.0, "value channels per head over key channels", of="key_size")
+    gate_rank: int = size(16, "rank of the decay projection of gla")
+    norm_eps: float = number(1e-5, "epsilon of the output norm", above=0)
+
+    @property
+    def key_size(self) -> int:
+        return self.head_dim or self.divide("heads", self.d_model, self.heads)
+
+    @property
+    def value_size(self) -> int:
+        return int(self.key_size * self.expand_v)
 
 
 class Router(nn.Linear):

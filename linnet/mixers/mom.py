@@ -10,41 +10,27 @@ from torch import Tensor, nn
 
 from linnet.mixers import _layers as L
 from linnet.mixers._base import Context, Mixer, State, StateSpec
-from linnet.mixers._memories import RECURRENCES, Gates, Router, add_balance_loss, recur
-from linnet.mixers._options import MixerConfig, choice, flag, number, share, size
+from linnet.mixers._memories import RECURRENCES, Gates, MemoriesConfig, Router, add_balance_loss, recur
+from linnet.mixers._options import choice, flag, size
 from linnet.mixers._registry import register_mixer
 from linnet.ops.routing import Routes
 
 
 @dataclass(frozen=True)
-class MoMConfig(MixerConfig, mixer="mom"):
-    heads: int = size(4, "heads of every memory")
+class MoMConfig(MemoriesConfig, mixer="mom"):
     memories: int = size(4, "memories to choose from", least=2)
     top_k: int = size(2, "memories that a token is written to and read from")
     shared_memory: bool = flag(True, "one memory more, which every token uses with weight 1")
     recurrence: str = choice("gated_deltanet", "what runs in a memory", *RECURRENCES)
     own_projections: bool = flag(True, "a key, value and gate projection per memory; False: one for all")
     renormalize: bool = flag(True, "divide the chosen weights by their sum (needs top_k > 1)")
-    balance: float = number(0.01, "weight of the balance loss; 0: none", least=0)
-    head_dim: int | None = size(None, "key channels per head (None: d_model / heads)")
-    expand_v: float = share(1.0, "value channels per head over key channels", of="key_size")
     conv_size: int | None = size(4, "taps of the short convolution on q, k, v in every memory (None: SiLU only)")
-    gate_rank: int = size(16, "rank of the decay projection of gla")
-    norm_eps: float = number(1e-5, "epsilon of the output norm", above=0)
 
     def check(self) -> None:
         if self.top_k > self.memories:
             self.refuse("top_k", f"at most memories = {self.memories}")
         if self.renormalize and self.top_k == 1:
             self.refuse("renormalize", "False with top_k = 1, where the only weight would be 1 and the router would learn nothing")
-
-    @property
-    def key_size(self) -> int:
-        return self.head_dim or self.divide("heads", self.d_model, self.heads)
-
-    @property
-    def value_size(self) -> int:
-        return int(self.key_size * self.expand_v)
 
 
 @register_mixer("mom")

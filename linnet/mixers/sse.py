@@ -10,15 +10,14 @@ from torch import Tensor, nn
 
 from linnet.mixers import _layers as L
 from linnet.mixers._base import Context, Mixer, State, StateSpec
-from linnet.mixers._memories import RECURRENCES, Gates, Router, add_balance_loss, recur
-from linnet.mixers._options import MixerConfig, choice, flag, number, share, size
+from linnet.mixers._memories import RECURRENCES, Gates, MemoriesConfig, Router, add_balance_loss, recur
+from linnet.mixers._options import choice, flag, size
 from linnet.mixers._registry import register_mixer
 from linnet.ops.routing import Routes
 
 
 @dataclass(frozen=True)
-class SSEConfig(MixerConfig, mixer="sse"):
-    heads: int = size(4, "heads of every partition")
+class SSEConfig(MemoriesConfig, mixer="sse"):
     partitions: int = size(4, "partitions to choose from, beside the one that every token uses", least=2)
     top_k: int = size(1, "partitions that a token is written to and read from")
     recurrence: str = choice("gla", "what runs in a partition", *RECURRENCES)
@@ -26,13 +25,8 @@ class SSEConfig(MixerConfig, mixer="sse"):
     gated_erase: bool = flag(True, "the write gate of a delta rule also multiplies what it erases")
     key_map: str | None = choice(None, "of keys (None: silu for delta rules, else softmax)", None, "softmax", "silu")
     key_rows: int | None = size(None, "rows that a softmax key writes, its largest ones (None: all)")
-    balance: float = number(0.01, "weight of the balance loss; 0: none", least=0)
-    head_dim: int | None = size(None, "key channels per head (None: d_model / heads)")
-    expand_v: float = share(1.0, "value channels per head over key channels", of="key_size")
     rank: int | None = size(None, "rank of the output gate and of what is added to q and k (None: value channels per head)")
-    gate_rank: int = size(16, "rank of the decay projection of gla")
     conv_size: int | None = size(None, "taps of a short convolution on q, k, v (None: none)")
-    norm_eps: float = number(1e-5, "epsilon of the output norm", above=0)
 
     def check(self) -> None:
         if self.top_k > self.partitions:
@@ -43,14 +37,6 @@ class SSEConfig(MixerConfig, mixer="sse"):
     @property
     def key_function(self) -> str:
         return self.key_map or ("silu" if RECURRENCES[self.recurrence][0] == "delta" else "softmax")
-
-    @property
-    def key_size(self) -> int:
-        return self.head_dim or self.divide("heads", self.d_model, self.heads)
-
-    @property
-    def value_size(self) -> int:
-        return int(self.key_size * self.expand_v)
 
 
 @register_mixer("sse")
