@@ -117,6 +117,20 @@ def _typical_arguments(device: Any) -> dict[str, dict[str, Any]]:
         "span_attention": lambda: ops.span_attention(q_BTHK, q_BTHK, v_BTHV, q_BTHK, q_BTHK),
         "block_mean": lambda: ops.block_mean(x(B, T, D), 2),
     }
+    S_BHKV, h_BDN, c_BDW = x(B, H, K, V, dtype=torch.float32), x(B, D, N, dtype=torch.float32), x(B, D, W - 1, dtype=torch.float32)
+    cache = (x(B, D, H, K), x(B, D, H, V), torch.zeros(B, dtype=torch.int64, device=device))
+    step = ops.decode
+    calls |= {
+        "decode.linear_attention": lambda: step.linear_attention(q_BTHK, q_BTHK, v_BTHV, g_BTH, state=S_BHKV),
+        "decode.delta_rule": lambda: step.delta_rule(q_BTHK, q_BTHK, v_BTHV, erase=x(B, T, H), log_decay=g_BTH, state=S_BHKV),
+        "decode.dplr": lambda: step.dplr(q_BTHK, q_BTHK, v_BTHV, q_BTHK, q_BTHK, g_BTHK, state=S_BHKV),
+        "decode.scan": lambda: step.scan(x(B, T, D), log_a=x(B, T, D, dtype=torch.float32), state=h_BDN[..., 0]),
+        "decode.selective_scan": lambda: step.selective_scan(
+            x(B, T, D), x(B, T, D), x(D, N, dtype=torch.float32), x(B, T, N), x(B, T, N), state=h_BDN
+        ),
+        "decode.short_conv": lambda: step.short_conv(x(B, T, D), x(D, W), state=c_BDW),
+        "decode.softmax_attention": lambda: step.softmax_attention(q_BTHK, q_BTHK, v_BTHV, state=cache),
+    }
     recorded: dict[str, dict[str, Any]] = {}
 
     def record(op: str, backend: str | None, arguments: dict[str, Any]):

@@ -1,4 +1,4 @@
-"""The command line: `linnet train | generate | eval | compare | bench | info`.
+"""The command line: `linnet train | generate | eval | lm-eval | compare | bench | info`.
 
 Commands import what they need when they run, so that `linnet --help` is fast. A refusal is one line and exit code 2;
 `--debug`, anywhere on the line, shows the traceback instead.
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-_EVALS = ("list", "tier0", "run", "tier1", "report")  # what `linnet eval` knows besides a checkpoint
+_EVALS = ("list", "tier0", "run", "tier1", "tier2", "hybrid-sweep", "report")  # what `linnet eval` knows besides a checkpoint
 
 
 class _Group(TyperGroup):
@@ -167,7 +167,8 @@ def evaluate(
 ) -> None:
     """Held-out bits per byte and perplexity of a model; by default on the held-out text of its own run.
 
-    Tasks in place of a checkpoint: eval list | run TASK | tier0 | tier1 | report FOLDER (each has its own --help).
+    Tasks in place of a checkpoint: eval list | run TASK | tier0 | tier1 | tier2 | hybrid-sweep | report FOLDER; a saved model on
+    text tasks: eval run CHECKPOINT --tasks niah_single_1,passkey (each has its own --help).
     """
     _set_threads(threads)
     import json
@@ -200,11 +201,32 @@ def evaluate(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def evaluate_tasks(ctx: typer.Context) -> None:
-    """`linnet eval list | run | tier0 | tier1 | report`."""
+    """`linnet eval list | run | tier0 | tier1 | tier2 | hybrid-sweep | report`."""
     from linnet.evals.__main__ import main as run
 
     if code := run(list(ctx.args)):
         raise typer.Exit(code)
+
+
+@app.command(name="lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def lm_eval(
+    ctx: typer.Context,
+    checkpoint: Checkpoint,
+    tasks: Annotated[str, typer.Option("--tasks", help="tasks of lm-evaluation-harness with commas between")],
+) -> None:
+    """A model in lm-evaluation-harness; further arguments go to its command (--batch_size 16, --limit 100, --device, ...)."""
+    import importlib.util
+    import sys
+
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("lm-eval needs lm-evaluation-harness: pip install 'linnet[eval]'")
+    from lm_eval.__main__ import cli_evaluate
+
+    import linnet.integrations.lm_eval  # noqa: F401  registers the model
+
+    name = checkpoint.removeprefix("hf:")
+    sys.argv = ["lm_eval", "--model", "linnet", "--model_args", f"pretrained={name}", "--tasks", tasks, *ctx.args]
+    cli_evaluate()
 
 
 @app.command()

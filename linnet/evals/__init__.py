@@ -12,10 +12,10 @@ _EXPORTS = {
     "grid": "runner",
     "list_tasks": "tasks",
     "register_task": "tasks",
-    "write_report": "report",
+    "run_experiments": "tiers",
     "run_tier0": "exact",
-    "run_tier1": "tiers",
     "sweep": "runner",
+    "write_report": "report",
 }
 __all__ = sorted(_EXPORTS)
 

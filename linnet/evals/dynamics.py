@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from linnet import ops
+from linnet.evals.runner import Run, check_time, row_of
 from linnet.mixers.al_rnn import init_dynamics
+from linnet.models import parse_layers
 
 F64 = torch.float64
 
@@ -235,6 +237,7 @@ def reconstruct(
     run: int = 10_000,
     transient: int = 1000,
     seed: int = 0,
+    until: float | None = None,
 ) -> Reconstruction:
     """Train an almost-linear RNN on a standardised series and judge its free run.
 
@@ -249,6 +252,7 @@ def reconstruct(
             arXiv 2306.04406, with a constant strength).
         run, transient: steps of the free run that are compared, after those that are dropped.
         seed: of the weights, the windows and the noise. The same arguments on the same machine give the same result.
+        until: a value of `time.time()` after which it raises `TimeoutError`.
 
     Returns:
         A `Reconstruction`; its measures: D_stsp, D_H, `lyapunov` (largest exponent per step), `regions` (linear regions visited),
@@ -274,6 +278,7 @@ def reconstruct(
     for _ in range(epochs):
         total = 0.0
         for _ in range(batches):
+            check_time(until)
             first = torch.randint(len(data) - window, (batch, 1), generator=rng)
             x = data[first + offsets]
             x = x + noise * torch.randn(x.shape, generator=rng)
@@ -328,6 +333,15 @@ def lorenz_example(options: dict[str, Any]) -> Reconstruction:
     torch.set_num_threads(1)  # the matrices are tiny
     train, test = lorenz_series()
     return reconstruct(train, test_TN=test, **options)
+
+
+def train_run(run: Run, device: str = "cpu", until: float | None = None) -> dict[str, Any]:
+    """The row of a sweep for a run whose layers say "al_rnn(units=M, relu_units=P)"; on the CPU, wherever the sweep is."""
+    options = BUDGET | {"epochs": max(1, run.steps // 50), "seed": run.seed} | parse_layers(run.layers)[0].options
+    train, test = lorenz_series()
+    result = reconstruct(train, test_TN=test, until=until, **options)
+    row = row_of(run, "cpu") | {"steps_taken": run.steps, "history": [], "validation": -result.measures["prediction_error"]}
+    return row | {"metrics": {"train": result.measures | {"loss": result.losses[-1]}}, "seconds": result.seconds}
 
 
 def plot(true_TN: Tensor, results: dict[str, Reconstruction], path: Path) -> None:

@@ -104,24 +104,27 @@ class CannotSolve:
 
 @dataclass(frozen=True)
 class Order:
-    """The median of each model is at least that of the next one plus `margin`."""
+    """The median of each model is at least `factor` times that of the next one plus `margin`."""
 
     models: tuple[str, ...]
     margin: float = 0.0
     test: str = "train"
     metric: str = "accuracy"
+    factor: float = 1.0
 
     def verdicts(self, rows: Rows) -> list[Verdict]:
         results = []
         for better, worse in zip(self.models, self.models[1:], strict=False):
             a, b = (values(rows, model, self.test, self.metric) for model in (better, worse))
-            text = f"{better} >= {worse}" + (f" {self.margin:+g}" if self.margin else "")
+            text = f"{better} >= " + (f"{self.factor:g} * " if self.factor != 1 else "") + worse
+            text += f" {self.margin:+g}" if self.margin else ""
+            least = [self.factor * x + self.margin for x in b]
             if not a or not b:
                 result = "inconclusive"
-            elif statistics.median(a) >= statistics.median(b) + self.margin:
+            elif statistics.median(a) >= statistics.median(least):
                 result = "pass"
             else:  # failed only if no two seeds stand in this order
-                result = "fail" if max(a) < min(b) + self.margin and min(len(a), len(b)) >= SEEDS else "inconclusive"
+                result = "fail" if max(a) < min(least) and min(len(a), len(b)) >= SEEDS else "inconclusive"
             results.append(Verdict(f"{text}: {self.metric} on {self.test} (median)", result, f"{_write(a)} | {_write(b)}"))
         return results
 

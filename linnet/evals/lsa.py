@@ -7,16 +7,13 @@ The layer is `linnet.evals.exact.layer` with full, free P and Q; the answer is m
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from linnet.evals.runner import Run, append_result, read_results
+from linnet.evals.runner import Run, check_time, row_of
 from linnet.evals.tasks._base import stream
 from linnet.evals.tasks.regression import optimal_preconditioner
 
@@ -40,7 +37,9 @@ def prompts(rng: np.random.Generator, rows: int, spectrum: np.ndarray) -> tuple[
     return torch.from_numpy(Z.astype(np.float32)), torch.from_numpy(y[:, -1].astype(np.float32))
 
 
-def train_lsa(spectrum: np.ndarray, *, layers: int = 1, seed: int = 0, steps: int = 3000, device: str = "cpu") -> dict[str, float]:
+def train_lsa(
+    spectrum: np.ndarray, *, layers: int = 1, seed: int = 0, steps: int = 3000, device: str = "cpu", until: float | None = None
+) -> dict[str, float]:
     """Train all of P and Q; the measures of the result.
 
     One layer starts, as in the theorem, at 0.1 times the structure of a step (from noise, a second, worse solution attracts it, in
@@ -57,6 +56,7 @@ def train_lsa(spectrum: np.ndarray, *, layers: int = 1, seed: int = 0, steps: in
     optimizer = torch.optim.Adam([P, Q], lr=1e-2 if layers == 1 else 3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
+        check_time(until)
         Z, y = (x.to(device) for x in prompts(stream("lsa", seed, step), ROWS, spectrum))
         loss = (predict(Z, P, Q) - y).square().mean()
         loss.backward()
@@ -77,33 +77,9 @@ def train_lsa(spectrum: np.ndarray, *, layers: int = 1, seed: int = 0, steps: in
     }
 
 
-def train_all(
-    out: str | Path,
-    *,
-    seeds: Iterable[int] = range(3),
-    device: str = "cpu",
-    progress: Callable[[str], None] | None = print,
-    steps: int = 3000,
-    **_: Any,
-) -> list[dict[str, Any]]:
-    """One row per spectrum, depth and seed, as a sweep writes them."""
-    path, device, rows = Path(out) / "results.jsonl", device.split(",")[0], []
-    cases = [("isotropic", 1), ("anisotropic", 1), ("isotropic", 4)]
-    base = Run("in_context_regression", "linear self-attention", steps=steps, learning_rate=1e-2, batch_size=ROWS)
-    for seed in seeds:
-        for spectrum, layers in cases:
-            label = spectrum + (f", {layers} layers" if layers > 1 else "")
-            run = replace(base, label=label, layers=f"{label} {base.layers}", seed=seed)
-            found = [row for row in read_results(path) if row["key"] == run.key]
-            if not found:
-                began = time.perf_counter()
-                metrics = train_lsa(SPECTRA[spectrum], layers=layers, seed=seed, steps=steps, device=device)
-                row = {"key": run.key, "label": label, "task": run.task, "layers": run.layers, "seed": seed, "status": "done"}
-                row |= {"learning_rate": run.learning_rate, "steps": steps, "steps_taken": steps, "history": [], "device": device}
-                row |= {"validation": -metrics["risk"], "metrics": {"train": metrics}, "seconds": time.perf_counter() - began}
-                append_result(path, row)
-                found = [row]
-                if progress:
-                    progress(f"linear self-attention, {label}, seed {seed}: {metrics['risk_ratio']:.3f} of the best step's risk")
-            rows += found
-    return rows
+def train_run(run: Run, device: str = "cpu", until: float | None = None) -> dict[str, Any]:
+    """The row of a sweep for a run whose layers say "SPECTRUM, L layers"."""
+    began, (spectrum, layers) = time.perf_counter(), run.layers.removesuffix(" layers").split(", ")
+    metrics = train_lsa(SPECTRA[spectrum], layers=int(layers), seed=run.seed, steps=run.steps, device=device, until=until)
+    row = row_of(run, device) | {"steps_taken": run.steps, "history": [], "validation": -metrics["risk"]}
+    return row | {"metrics": {"train": metrics}, "seconds": time.perf_counter() - began}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import math
 import re
@@ -12,13 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from linnet.evals.expectations import Rows, Verdict, best_runs, value
+from linnet.evals.expectations import Rows, Verdict, best_runs, judge, value
 from linnet.evals.runner import read_results
 from linnet.evals.tasks import regression as R
 from linnet.evals.tasks._base import get_task
 
-HEADLINES = ("accuracy", "sequence_accuracy", "accuracy_updated", "mse", "r2", "risk_ratio")
-LOWER_IS_BETTER = ("mse", "risk_ratio")
+HEADLINES = ("accuracy", "sequence_accuracy", "accuracy_updated", "mse", "r2", "risk_ratio", "D_stsp")
+LOWER_IS_BETTER = ("mse", "risk_ratio", "D_stsp", "bits_per_byte")
+# tables over several experiments: {experiment: rows} -> (title, header, lines) of each
+TABLES = {"hybrid": "linnet.evals.hybrid:hybrid_tables", "minimal": "linnet.evals.tier2:minimal_tables"}
 
 
 def experiments(folder: str | Path) -> dict[str, Rows]:
@@ -98,32 +101,46 @@ def verdict_lines(verdicts: Iterable[Verdict]) -> list[list[str]]:
     return [[v.expectation, v.result, v.evidence] for v in verdicts]
 
 
-def write_report(folder: str | Path, *, verdicts: dict[str, list[Verdict]] | None = None, quiet: bool = False) -> Path:
-    """Write report.md, results.csv and plots into a folder of results, and print the tables; the path of the report."""
-    folder = Path(folder)
-    if verdicts is None:
-        from linnet.evals.expectations import judge
-        from linnet.evals.tiers import SMOKE, TIER1
+def write_report(
+    folder: str | Path,
+    *,
+    verdicts: dict[str, list[Verdict]] | None = None,
+    further: dict[str, Sequence[str]] | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Write report.md, results.csv and plots into a folder of results, and print the tables; the path of the report.
 
-        known = {x.name: x for x in (*TIER1, SMOKE)}
-        found = experiments(folder)
+    further: names of TABLES by experiment, for experiments that are in no tier.
+    """
+    from linnet.evals.tiers import all_experiments
+
+    folder, known = Path(folder), all_experiments()
+    found = experiments(folder)
+    if verdicts is None:
         verdicts = {name: judge(known[name].expectations, rows) for name, rows in found.items() if name in known}
-    parts = ["# Results\n"]
-    for name, rows in experiments(folder).items():
-        tasks = " and ".join(dict.fromkeys(row["task"] for row in rows))
-        header, lines = summary(rows)
-        parts += [f"## {name}: {tasks}\n", markdown(header, lines)]
+    parts, tables = ["# Results\n"], {}
+
+    def add(title: str, header: Sequence[str], lines: Sequence[Sequence[str]], mark: str = "## ") -> None:
+        parts.extend((f"{mark}{title}\n", markdown(header, lines)))
         if not quiet:
-            show(f"{name}: {tasks}", header, lines)
+            show(title, header, lines)
+
+    for name, rows in found.items():
+        tasks = " and ".join(dict.fromkeys(row["task"] for row in rows))
+        add(f"{name}: {tasks}", *summary(rows))
         if name in verdicts:
-            parts.append(markdown(("expected", "verdict", "measured"), verdict_lines(verdicts[name])))
-            if not quiet:
-                show(f"{name}: expectations", ("expected", "verdict", "measured"), verdict_lines(verdicts[name]))
+            add(f"{name}: expectations", ("expected", "verdict", "measured"), verdict_lines(verdicts[name]), mark="")
+        for table in known[name].tables if name in known else (further or {}).get(name, ()):
+            tables.setdefault(table, {})[name] = rows
         theirs = published(rows[0]["task"]) if rows else []
         if theirs:
             keys = ("model", "setting", "metric", "value", "source", "confidence")
             parts += ["Published, in other settings:\n", markdown(keys, [[row[key] for key in keys] for row in theirs])]
         parts += [f"![{path.stem}]({path.relative_to(folder).as_posix()})\n" for path in plots(name, rows, folder)]
+    for table, rows in tables.items():
+        module, function = TABLES[table].split(":")
+        for title, header, lines in getattr(importlib.import_module(module), function)(rows):
+            add(title, header, lines)
     _write_csv(folder)
     (folder / "report.md").write_text("\n".join(parts))
     return folder / "report.md"
@@ -148,8 +165,9 @@ def plots(name: str, rows: Rows, folder: Path) -> list[Path]:
     """The plots that the rows have something to show in: by length, by state bytes, by hybrid ratio, by number of examples."""
     best = {label: list(seeds.values()) for label, seeds in best_runs(rows).items()}
     written = []
-    for kind, draw in (("length", _by_length), ("state", _by_state), ("ratio", _by_ratio), ("examples", _by_examples)):
-        curves, (x_label, y_label), scale = draw(best, headline(rows))
+    kinds = {"length": _by_length, "state": _by_state, "ratio": _by_ratio, "examples": _by_examples, "ratio_loss": _by_ratio}
+    for kind, draw in kinds.items():
+        curves, (x_label, y_label), scale = draw(best, "bits_per_byte" if kind == "ratio_loss" else headline(rows))
         if curves:
             path = folder / f"{re.sub(r'[^A-Za-z0-9-]+', '_', name)}_by_{kind}.png"
             _plot(curves, x_label, y_label, scale, name, path)
@@ -166,7 +184,7 @@ def _by_length(best, metric):
     curves = {}
     for label, runs in best.items():
         points: dict[float, list[float]] = {}
-        for run in runs:
+        for run in (run for run in runs if run.get("tests")):
             base = run.get("task_options", {}).get("length") or get_task(run["task"]).length
             for test, options in {"train": {}, **run.get("tests", {})}.items():
                 if not set(options) - {"length"} and (x := value(run, test, metric)) is not None:
@@ -177,35 +195,34 @@ def _by_length(best, metric):
 
 
 def _by_state(best, metric):
-    points = {}
+    """A curve per model, over the labels "name, d=WIDTH" of one name."""
+    points: dict[str, list[tuple[float, list[float]]]] = {}
     for label, runs in best.items():
         test = tests_of(runs)[-1] if runs else ""
         found = [x for run in runs if (x := value(run, test, metric)) is not None]
         if found and "state_bytes" in runs[0]:
-            points[label] = _curve([(max(runs[0]["state_bytes"], 1), found)])
-    several = len({curve[0][0] for curve in points.values()}) > 1
-    return points if several else {}, ("state bytes of one sequence", metric), "log"
+            points.setdefault(re.sub(r", d=\d+$", "", label), []).append((max(runs[0]["state_bytes"], 1), found))
+    several = len({x for curve in points.values() for x, _ in curve}) > 1
+    return {name: _curve(x) for name, x in points.items()} if several else {}, ("state bytes of one sequence", metric), "log"
 
 
 def _by_ratio(best, metric):
-    """Share of attention layers; a curve per kind of linear layer, the labels "name l:a" of one name."""
-    from linnet.models import LinnetConfig
+    """Share of attention layers; a curve per kind of linear layer, the labels "name r:1" and "name pure" of one name."""
+    from linnet.models import parse_layers
 
     points: dict[str, list[tuple[float, list[float]]]] = {}
     for label, runs in best.items():
-        try:
-            config = LinnetConfig(layers=runs[0]["layers"], num_layers=runs[0].get("num_layers"), d_model=runs[0]["d_model"])
-        except (ValueError, KeyError):
+        try:  # the filter in front of recall is no layer of either kind
+            kinds = [spec.mixer for spec in parse_layers(runs[0]["layers"]) if spec.mixer != "fsmn"]
+        except ValueError:
             continue
-        kinds = [spec.mixer for spec in config.layer_specs]
-        linear = {kind for kind in kinds if kind != "attention"}
-        test = tests_of(runs)[-1] if runs else ""
-        name = re.sub(r" \d+:\d+$", "", label) if linear else ""
+        test = tests_of(runs)[-1]
+        name = re.sub(r" (pure|\d+:\d+)$", "", label) if set(kinds) - {"attention"} else ""
         found = [x for run in runs if (x := value(run, test, metric)) is not None]
-        points.setdefault(name, []).append((kinds.count("attention") / len(kinds), found))
+        points.setdefault(name, []).append((kinds.count("attention") / max(1, len(kinds)), found))
     full = points.pop("", [])
     curves = {name: _curve([*part, *full]) for name, part in points.items() if any(0 < x < 1 for x, _ in part)}
-    return curves, ("share of softmax-attention layers", metric), "linear"
+    return {k: v for k, v in curves.items() if v}, ("share of softmax-attention layers", metric), "linear"
 
 
 def _by_examples(best, _):

@@ -7,6 +7,7 @@ that diverges is a row like any other; a run that breaks is a row too, and is tr
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import math
 import multiprocessing
@@ -17,8 +18,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,8 +28,9 @@ from transformers import get_cosine_schedule_with_warmup
 
 from linnet.evals.tasks._base import IGNORE, Batch, Task, add, divide, get_task
 from linnet.models import LinnetConfig, LinnetForCausalLM, parameter_groups
+from linnet.models.loss import linear_cross_entropy
 
-VERSION = 1  # of what a run means: part of its key
+VERSION = 2  # of what a run means: part of its key
 TEST_ROWS, TEST_BATCHES = 256, 4
 LOGITS_AT_ONCE = 2**25
 
@@ -80,13 +83,16 @@ class Run:
         return hashlib.sha256(json.dumps([VERSION, settings], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def grid(base: Run, models: dict[str, str], learning_rates: Iterable[float], seeds: Iterable[int]) -> list[Run]:
-    """One run per model (label -> layers), learning rate and seed."""
+Models = dict[str, str | dict[str, Any]]
+
+
+def grid(base: Run, models: Models, learning_rates: Iterable[float], seeds: Iterable[int]) -> list[Run]:
+    """One run per model (label -> layers, or -> fields of `Run`), learning rate and seed; whole seeds one after the other."""
     seeds, rates = list(seeds), list(learning_rates)
     return [
-        replace(base, label=label, layers=layers, learning_rate=rate, seed=seed)
+        replace(base, label=label, learning_rate=rate, seed=seed, **({"layers": model} if isinstance(model, str) else model))
         for seed in seeds
-        for label, layers in models.items()
+        for label, model in models.items()
         for rate in rates
     ]
 
@@ -126,9 +132,16 @@ class TaskModel(nn.Module):
             return self.lm.lm_head(self.decoder(last_BD[:, None] + self.position))
         return self.lm(**self.given(inputs), use_cache=False).logits
 
-    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        if self.task.targets == "classes" and self.task.readout == "position":
-            return self.lm(**self.given(inputs), shift_labels=targets, use_cache=False).loss
+    def loss(self, inputs: Tensor, targets: Tensor, *parts: Tensor) -> Tensor:
+        """parts: with classes asked at positions, the flat indices of the positions of each part of the batch. `targets` [N] are
+        those of all parts then, and the loss is the mean over parts of the mean over what each asks."""
+        if parts:
+            output, weight_VD = self.lm.model(**self.given(inputs), use_cache=False), self.lm.lm_head.weight
+            x_ND = output.last_hidden_state.flatten(0, 1)
+            chunk = max(1, LOGITS_AT_ONCE // len(weight_VD))  # one chunk: a launch costs more than its logits
+            wanted = zip(parts, targets.split([len(part) for part in parts]), strict=True)
+            loss = sum(linear_cross_entropy(x_ND[part], weight_VD, y, chunk_tokens=chunk) for part, y in wanted) / len(parts)
+            return loss if output.aux_loss is None else loss + output.aux_loss.to(loss)
         output = self(inputs).float()
         if self.task.targets == "classes":
             return F.cross_entropy(output.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
@@ -143,22 +156,35 @@ class TaskModel(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
 
-def train(run: Run, device: str = "cpu") -> dict[str, Any]:
-    """Train and test one model; the row of results."""
+def row_of(run: Run, device: str) -> dict[str, Any]:
+    """What every row of results begins with."""
+    return {"key": run.key, "label": run.name, **asdict(run), "device": _device_name(device), "status": "done", "metrics": {}}
+
+
+def check_time(until: float | None) -> None:
+    """Raise `TimeoutError` after `until`, a value of `time.time()`."""
+    if until is not None and time.time() > until:
+        raise TimeoutError("the time of the sweep is over")
+
+
+def train(run: Run, device: str = "cpu", until: float | None = None) -> dict[str, Any]:
+    """Train and test one model; the row of results. `TimeoutError` if it is not trained at `until`."""
     started, task = time.perf_counter(), get_task(run.task, **run.task_options)
     tests = {"train": task} | {name: task.at(**options) for name, options in run.tests.items()}
     torch.manual_seed(run.seed)
     model = TaskModel(task, run).to(device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, run.weight_decay), lr=run.learning_rate, betas=run.betas)
+    fused = device.startswith("cuda") and not any(p.is_complex() for p in model.parameters())
+    groups = parameter_groups(model, run.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=run.learning_rate, betas=run.betas, fused=fused)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, int(run.warmup * run.steps)), run.steps)
-    row = {"key": run.key, "label": run.name, **asdict(run), "device": _device_name(device), "status": "done"}
-    row |= {"parameters": model.parameter_count(), "state_bytes": model.lm.state_bytes(task.length)}
+    row = row_of(run, device) | {"parameters": model.parameter_count(), "state_bytes": model.lm.state_bytes(task.length)}
     history: list[tuple[int, float]] = []
     every, step = max(10, math.ceil(run.steps / 20)), 0
     autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=run.precision == "bf16")
-    for step, (inputs, targets) in enumerate(_training_batches(task, run, device), 1):
+    for step, batch in enumerate(_training_batches(task, run, device), 1):
+        check_time(until)
         with autocast:
-            loss = model.loss(inputs, targets)
+            loss = model.loss(*batch)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), run.clip)
         optimizer.step()
@@ -175,19 +201,23 @@ def train(run: Run, device: str = "cpu") -> dict[str, Any]:
             break
     row |= {"steps_taken": step, "train_seconds": time.perf_counter() - started, "history": history}
     row["validation"] = history[-1][1] if history and row["status"] == "done" else None
-    row["metrics"] = {}
     if row["status"] == "done":
         with autocast:
             row["metrics"] = {name: evaluate(model, test, "test", device) for name, test in tests.items()}
     return row | {"seconds": time.perf_counter() - started, "torch": torch.__version__}
 
 
-def _training_batches(task: Task, run: Run, device: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches on the device; the next one is made while the model works on this one."""
+def _training_batches(task: Task, run: Run, device: str) -> Iterator[tuple[Tensor, ...]]:
+    """Arguments of `TaskModel.loss` on the device; the next ones are made while the model works on these."""
 
-    def make(index: int) -> tuple[Tensor, Tensor]:
-        batch = task.batch("train", index, run.batch_size, seed=run.seed)
-        return tuple(torch.from_numpy(x).to(device, non_blocking=True) for x in (batch.inputs, batch.targets))
+    def make(index: int) -> tuple[Tensor, ...]:
+        inputs, targets, info = task.batch("train", index, run.batch_size, seed=run.seed)
+        arrays = [inputs, targets]
+        if task.targets == "classes" and task.readout == "position":  # found here: on a GPU it would wait for the device
+            part, asked = info.get("part", np.zeros(len(inputs), np.int64))[:, None], targets != IGNORE
+            places = [np.flatnonzero(asked & (part == i)) for i in range(int(part.max()) + 1)]
+            arrays = [inputs, targets.reshape(-1)[np.concatenate(places)], *places]
+        return tuple(torch.from_numpy(x).to(device, non_blocking=True) for x in arrays)
 
     if device == "cpu":
         yield from map(make, range(run.steps))
@@ -215,8 +245,10 @@ def evaluate(
         for start in range(0, len(batch.inputs), rows):
             part = slice(start, start + rows)
             piece = Batch(batch.inputs[part], batch.targets[part], {k: v[part] for k, v in batch.info.items()})
-            output = model(torch.from_numpy(piece.inputs).to(device)).float().cpu().numpy()
-            total = add(total, task.metrics(output, piece))
+            output = model(torch.from_numpy(piece.inputs).to(device))
+            if task.targets == "classes" and not task.needs_logits:
+                output = output.argmax(-1)  # on the device: the logits are what takes time to move
+            total = add(total, task.metrics((output.float() if output.is_floating_point() else output).cpu().numpy(), piece))
     if isinstance(model, nn.Module):
         model.train()
     metrics = divide(total)
@@ -268,35 +300,58 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def sweep(
-    runs: Iterable[Run],
-    out: str | Path,
+class Job(NamedTuple):
+    """A run, the folder of its results, and "module:function" that is called in place of `train`."""
+
+    run: Run
+    out: Path
+    trainer: str | None = None
+
+
+def sweep(runs: Iterable[Run], out: str | Path, **options: Any) -> list[dict[str, Any]]:
+    """Train every run that `out`/results.jsonl does not hold yet; the rows of all of them. options: of `work`."""
+    runs = list(runs)
+    work([Job(run, Path(out)) for run in runs], **options)
+    keys = {run.key for run in runs}
+    return [row for row in read_results(out) if row["key"] in keys]
+
+
+def work(
+    jobs_to_do: Iterable[Job],
     *,
     jobs: int = 1,
     device: str = "cpu",
     threads: int = 1,
+    until: float | None = None,
     progress: Callable[[str], None] | None = print,
-) -> list[dict[str, Any]]:
-    """Train all runs that `out`/results.jsonl does not hold yet, `jobs` at a time; the rows of all of them.
+) -> None:
+    """Train what the results files do not hold yet, in the given order; every finished run is a row at once.
 
+    jobs: runs at a time; with more than one, each is in a process of its own ("spawn": CUDA contexts are not inherited).
     device: "cpu", "cuda", or several with commas between, which take turns. threads: CPU threads of each process.
+    until: a value of `time.time()` after which nothing is begun and what runs is dropped, to be done by the next call.
     """
     if jobs < 1 or threads < 1:
         raise ValueError(f"jobs and threads must be >= 1; got {jobs} and {threads}")
-    path, unique = Path(out) / "results.jsonl", {run.key: run for run in runs}
-    finished = {row["key"] for row in read_results(path) if row["status"] != "failed"}
-    waiting = [run for key, run in unique.items() if key not in finished]
+    unique = {(job.out, job.run.key): job for job in jobs_to_do}
+    finished = {(out, row["key"]) for out in {out for out, _ in unique} for row in read_results(out) if row["status"] != "failed"}
+    waiting = [job for key, job in unique.items() if key not in finished]
     devices = device.split(",")
     say = progress or (lambda text: None)
-    say(f"{len(waiting)} of {len(unique)} runs to do, {jobs} at a time on {device}; results in {path}")
+    folders = ", ".join(dict.fromkeys(str(job.out) for job in waiting))
+    say(
+        f"{len(waiting)} of {len(unique)} runs to do, {jobs} at a time on {device}" + (f"; results in {folders}" if folders else "")
+    )
     began = time.perf_counter()
 
-    def note(index: int, row: dict[str, Any]) -> None:
-        append_result(path, row)
+    def note(index: int, job: Job, row: dict[str, Any] | None) -> None:
+        if row is None:
+            return
+        append_result(job.out / "results.jsonl", row)
         score = "" if row.get("validation") is None else f" score {row['validation']:.3f}"
         error = row.get("error", "").partition("\n")[0]
         say(
-            f"[{index}/{len(waiting)}, {time.perf_counter() - began:.0f} s] {row['task']} {row['label']} "
+            f"[{index}/{len(waiting)}, {time.perf_counter() - began:.0f} s] {job.out.name} {row['task']} {row['label']} "
             f"lr {row['learning_rate']:g} seed {row['seed']}: {row['status']}{score} {error}".rstrip()
         )
 
@@ -304,28 +359,34 @@ def sweep(
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            for index, run in enumerate(waiting):
-                note(index + 1, _attempt(run, devices[index % len(devices)]))
+            for index, job in enumerate(waiting):
+                note(index + 1, job, _attempt(job, devices[index % len(devices)], until))
         finally:
             torch.set_num_threads(before)
     elif waiting:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(jobs, len(waiting)), context, torch.set_num_threads, (threads,)) as pool:
-            futures: dict[Future, Run] = {
-                pool.submit(_attempt, run, devices[i % len(devices)]): run for i, run in enumerate(waiting)
+            futures: dict[Future, Job] = {
+                pool.submit(_attempt, job, devices[i % len(devices)], until): job for i, job in enumerate(waiting)
             }
             for index, future in enumerate(as_completed(futures), 1):
-                error = future.exception()  # a process that was killed takes its neighbours' runs with it
-                note(index, future.result() if error is None else _failure(futures[future], error))
-    return [row for row in read_results(path) if row["key"] in unique]
+                error, job = future.exception(), futures[future]  # a process that was killed takes its neighbours' runs with it
+                note(index, job, future.result() if error is None else _failure(job.run, error))
 
 
-def _attempt(run: Run, device: str) -> dict[str, Any]:
+def _attempt(job: Job, device: str, until: float | None) -> dict[str, Any] | None:
+    """The row of a run; None if the time was over first."""
     try:
-        return train(run, device)
+        check_time(until)
+        if job.trainer is None:
+            return train(job.run, device, until)
+        module, function = job.trainer.split(":")
+        return getattr(importlib.import_module(module), function)(job.run, device, until)
+    except TimeoutError:
+        return None
     except Exception as error:  # one setting must not cost the others their results
-        return _failure(run, error) | {"traceback": traceback.format_exc()}
+        return _failure(job.run, error) | {"traceback": traceback.format_exc()}
 
 
 def _failure(run: Run, error: BaseException) -> dict[str, Any]:
-    return {"key": run.key, "label": run.name, **asdict(run), "status": "failed", "error": f"{type(error).__name__}: {error}"}
+    return row_of(run, "-") | {"status": "failed", "error": f"{type(error).__name__}: {error}"}

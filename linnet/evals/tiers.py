@@ -1,18 +1,17 @@
 """Tier 1: the field's small experiments as data. Each is a table of models, learning rates and seeds, and what it must show.
 
-Budgets are those of a laptop (about a minute per run and core) or, all of them together, of part of an hour on one GPU.
+Budgets are those of a laptop: about a minute per run and core. `linnet.evals.tier2` holds the questions that need a GPU.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from linnet.evals.expectations import CannotSolve, Order, Solves, Verdict, judge
-from linnet.evals.runner import Run, grid, sweep
+from linnet.evals.runner import Job, Models, Run, grid, read_results, work
 
 RATES = (1e-3, 3e-3, 1e-2)
 
@@ -21,31 +20,30 @@ DELTA, DELTA_NEG = f"deltanet({PLAIN})", f"deltanet({PLAIN}, allow_neg_eigval=tr
 GLA, GLA_NEG = "gla(temperature=1)", "gla(temperature=1, allow_neg_eigval=true)"
 PRODUCT = "deltaproduct(conv_size=none, householder_steps=2, allow_neg_eigval=%s)"
 CONV_GLA = "gla(conv_size=4, expand_k=1)"
-# recall needs neighbours brought together first: every model has the same causal filter of four taps before its memory
+# recall needs neighbours brought together first: every model has the same causal filter of four taps before its memory, and the
+# mixers that are published with a short convolution keep it (without, the delta rule stays at a quarter of 4 pairs for 1,000 steps)
 FILTER = "fsmn(lookback=3)"
 NOPE = 'attention(position="none")'
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """models: label -> layers. special: "module:function" that runs in place of the sweep and returns its rows."""
+    """models: label -> layers, or -> fields of `Run`. trainer: "module:function" in place of the runner's `train`.
+    tables: names of further tables of its report (`linnet.evals.report.TABLES`)."""
 
     name: str
     title: str
     base: Run
-    models: dict[str, str]
+    models: Models
     expectations: tuple[Solves | CannotSolve | Order, ...]
     learning_rates: tuple[float, ...] = RATES
-    special: str | None = None
+    trainer: str | None = None
+    tables: tuple[str, ...] = ()
 
-    def run(self, out: str | Path, *, seeds: Iterable[int] = range(3), steps: int | None = None, **options: Any) -> list[dict]:
-        """The rows of all runs; those that `out`/<name> holds already are not repeated. options: of `sweep`."""
-        folder = Path(out) / self.name
-        if self.special:
-            module, function = self.special.split(":")
-            return getattr(importlib.import_module(module), function)(folder, seeds=seeds, **options)
+    def jobs(self, out: str | Path, seeds: Iterable[int], steps: int | None = None) -> list[Job]:
+        """Its runs; their rows go into `out`/<name>."""
         base = self.base if steps is None else replace(self.base, steps=steps)
-        return sweep(grid(base, self.models, self.learning_rates, seeds), folder, **options)
+        return [Job(run, Path(out) / self.name, self.trainer) for run in grid(base, self.models, self.learning_rates, seeds)]
 
 
 def _mqar(d_model: int) -> Run:
@@ -55,9 +53,9 @@ def _mqar(d_model: int) -> Run:
 
 MEMORIES = {
     "attention": "attention",
-    "deltanet": DELTA,
-    "gated_deltanet": f"gated_deltanet({PLAIN})",
-    "gla": "gla(expand_k=1)",
+    "deltanet": "deltanet",
+    "gated_deltanet": "gated_deltanet",
+    "gla": CONV_GLA,
     "linear_transformer": "linear_transformer",
 }
 MQAR_MODELS = {name: f"{FILTER} + {layer}" for name, layer in MEMORIES.items()}
@@ -154,14 +152,19 @@ TIER1: tuple[Experiment, ...] = (
     ),
     Experiment(
         "E8", "linear self-attention, trained on regression, becomes one preconditioned step of gradient descent",
-        Run("in_context_regression", "", task_options={"length": 21, "layout": "joint"}), {},
+        Run("in_context_regression", "", task_options={"length": 21, "layout": "joint"}, steps=3000, batch_size=512),
+        {
+            "isotropic": "isotropic, 1 layers", "anisotropic": "anisotropic, 1 layers",
+            "isotropic, 4 layers": "isotropic, 4 layers",
+        },
         (
             Solves(("isotropic", "anisotropic"), at_most=1.03, metric="risk_ratio"),
             Solves(("isotropic", "anisotropic"), 0.98, metric="cosine"),
             Solves(("isotropic",), at_most=0.05, metric="step_error"),
             Solves(("isotropic, 4 layers",), at_most=0.9, metric="risk_ratio"),
         ),
-        special="linnet.evals.lsa:train_all",
+        learning_rates=(1e-2,),
+        trainer="linnet.evals.lsa:train_run",
     ),
     Experiment(
         "E9", "linear regression in context, 5 dimensions (arXiv 2208.01066)",
@@ -188,6 +191,23 @@ TIER1: tuple[Experiment, ...] = (
             Order(("gated_deltanet", "gla"), 0.03, "10 blanks"),
             Order(("deltanet", "gla"), 0.03, "10 blanks"),
         ),
+    ),
+    Experiment(
+        "E11", "Lorenz-63 by the almost-linear RNN: rectified units make the attractor (arXiv 2410.14240)",
+        Run("lorenz", "", d_model=3, steps=10_000, batch_size=32),
+        {
+            f"M = {units}, P = {rectified}": f"al_rnn(units={units}, relu_units={rectified})"
+            for units, rectified in ((20, 0), (20, 2), (30, 10))
+        },
+        (
+            *(
+                Order(("M = 20, P = 0", x), metric="D_stsp", factor=2.0) for x in ("M = 20, P = 2", "M = 30, P = 10")
+            ),
+            CannotSolve(("M = 20, P = 0",), 0.0, metric="lyapunov"),
+            Solves(("M = 20, P = 2", "M = 30, P = 10"), 0.005, metric="lyapunov"),
+        ),
+        learning_rates=(1e-2,),
+        trainer="linnet.evals.dynamics:train_run",
     ),
     Experiment(
         "E12", "forecasting: the linear family beats repeating the last value (arXiv 2205.13504)",
@@ -234,25 +254,43 @@ SMOKE = Experiment(
 )  # fmt: skip
 
 
+def all_experiments() -> dict[str, Experiment]:
+    """Tier 1, its smoke test and tier 2, by name."""
+    from linnet.evals.tier2 import TIER2
+
+    return {x.name: x for x in (*TIER1, SMOKE, *TIER2)}
+
+
 def get_experiments(names: Iterable[str] | None = None) -> list[Experiment]:
     """Experiments by name, all of tier 1 if none is given; "E13" stands for E13-1 and E13-2."""
-    chosen = []
-    for name in names or ("",):
-        found = [x for x in (*TIER1, SMOKE) if x.name == name or x.name.startswith(f"{name}-")] if name else list(TIER1)
+    if not names:
+        return list(TIER1)
+    known, chosen = all_experiments(), {}
+    for name in names:
+        found = {key: x for key, x in known.items() if key == name or key.startswith(f"{name}-")}
         if not found:
-            raise ValueError(f"experiment must be one of {', '.join(x.name for x in (*TIER1, SMOKE))}; got {name!r}")
-        chosen += [x for x in found if x not in chosen]
-    return chosen
+            raise ValueError(f"experiment must be one of {', '.join(known)}; got {name!r}")
+        chosen |= found
+    return list(chosen.values())
 
 
-def run_tier1(
-    out: str | Path, names: Iterable[str] | None = None, *, progress: Callable[[str], None] | None = print, **options: Any
+def run_experiments(
+    out: str | Path,
+    names: Iterable[str] | None | Sequence[Experiment] = None,
+    *,
+    seeds: Iterable[int] = range(3),
+    steps: int | None = None,
+    **options: Any,
 ) -> dict[str, list[Verdict]]:
-    """Run experiments one after the other (each `jobs` runs at a time); verdicts by experiment. A second call continues."""
+    """Run experiments (names, or these themselves) in their order, all runs in one queue; verdicts by experiment. A second call
+    continues. options: of `linnet.evals.runner.work`."""
+    names, seeds = list(names or ()), list(seeds)
+    chosen = names if names and isinstance(names[0], Experiment) else get_experiments(names)
+    planned = {experiment.name: experiment.jobs(out, seeds, steps) for experiment in chosen}
+    work([job for jobs in planned.values() for job in jobs], **options)
     verdicts = {}
-    for experiment in get_experiments(names):
-        if progress:
-            progress(f"{experiment.name}: {experiment.title}")
-        rows = experiment.run(out, progress=progress, **options)
+    for experiment in chosen:
+        keys = {job.run.key for job in planned[experiment.name]}
+        rows = [row for row in read_results(Path(out) / experiment.name) if row["key"] in keys]
         verdicts[experiment.name] = judge(experiment.expectations, rows)
     return verdicts

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from linnet.models.cache import LinnetCache
 from linnet.models.config import LinnetConfig
+from linnet.models.decoding import GraphedDecoder
 from linnet.models.loss import linear_cross_entropy, next_token_targets
 from linnet.models.mlp import MoE, SwiGLU, register_mlp
 from linnet.models.modeling import LinnetBlock, LinnetForCausalLM, LinnetModel, LinnetPreTrainedModel
@@ -18,6 +19,7 @@ AutoModel.register(LinnetConfig, LinnetModel, exist_ok=True)
 AutoModelForCausalLM.register(LinnetConfig, LinnetForCausalLM, exist_ok=True)
 
 __all__ = [
+    "GraphedDecoder",
     "LayerSpec",
     "LinnetBlock",
     "LinnetCache",

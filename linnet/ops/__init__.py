@@ -5,6 +5,7 @@ Every operator takes [B, T, ...] operands, an optional `initial_state`, optional
 """
 
 # `import torch` must not appear in this file: the subpackage linnet.ops.torch would replace the name.
+from linnet.ops import decode as decode
 from linnet.ops import reference as reference
 from linnet.ops import torch as torch
 from linnet.ops import triton as triton
@@ -33,6 +34,7 @@ __all__ = [
     "choose",
     "cumulative_logsumexp",
     "debug",
+    "decode",
     "delta_rule",
     "dplr",
     "execute",

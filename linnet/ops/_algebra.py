@@ -3,10 +3,11 @@
 A core knows q, k, v, a per-token decay and an initial state:
     linear(q, k, v, g, S0, cu_seqlens, scale, exclusive, heads, dtype, **tuning) -> o, S
     delta(q, k, p, v, erase, write, g, S0, cu_seqlens, scale, before_decay, exclusive, heads, dtype, **tuning) -> o, S
-    dplr(q, e, w, p, u, g, S0, cu_seqlens, scale, heads, dtype, **tuning) -> o, S
+    dplr(q, a, b, k, v, g, S0, cu_seqlens, scale, heads, dtype, **tuning) -> o, S
 with g None | [B, T, H_g, 1 or K] in `dtype`, S0 None | [N, heads, K, V], o [B, T, H, V], S [N, heads, K, V] in `dtype`;
 exclusive: the query reads before the step; before_decay: e reads the undecayed state. In delta, e = erase * k and u = write * v
-with erase and write None (one) or [B, T, H, 1] in `dtype`, and k None for k = p. Everything else is elementwise and
+with erase and write None (one) or [B, T, H, 1] in `dtype`, and k None for k = p; a core that is called with channel_gates also
+takes erase [B, T, H, K] and write [B, T, H, V], in the caller's dtype. Everything else is elementwise and
 differentiated by PyTorch: several steps per token become a finer time grid (decay on the first step, query on the last), a
 normaliser becomes one more value column of ones, a log-gain becomes a decay and a factor of k relative to its running
 maximum, a bonus is (q . bonus k) v.
@@ -28,6 +29,15 @@ def gate(x: Tensor, operand: Tensor) -> Tensor:
     heads = max(x.shape[2], operand.shape[2])
     x = expand_heads(x, heads)
     return (x.unsqueeze(-1) if x.ndim == 3 else x) * expand_heads(operand, heads)
+
+
+def fold_gates(k: Tensor | None, p: Tensor, v: Tensor, erase: Tensor | None, write: Tensor | None):
+    """(k, v, erase, write) of a delta core with the gates [B, T, H, K or V] multiplied into what they scale."""
+    if erase is not None and erase.shape[3] > 1:
+        k, erase = gate(erase, p if k is None else k), None
+    if write is not None and write.shape[3] > 1:
+        v, write = gate(write, v), None
+    return k, v, erase, write
 
 
 def finer_grid(q: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, n: int, first: bool):
@@ -162,7 +172,7 @@ def linear_attention(
 
 def delta_rule(
     core: Callable, q, k, v, erase, write, write_key, log_decay, erase_read, read, steps_per_token, scale, log_decay_min,
-    initial_state, return_state, cu_seqlens, **tuning,
+    initial_state, return_state, cu_seqlens, channel_gates: bool = False, **tuning,
 ):  # fmt: skip
     n, exclusive, before_decay, out_dtype = steps_per_token, read == "before", erase_read == "before_decay", v.dtype
     dtype = accumulate_dtype(q, log_decay, erase, write)
@@ -171,12 +181,10 @@ def delta_rule(
     write = erase if write is None else write
     p = k if write_key is None else write_key
     k = None if write_key is None else k
-    erase, write = erase.to(dtype), write.to(dtype)
-    if erase.ndim == 4:
-        k, erase = gate(erase, p if k is None else k), None
-    if write.ndim == 4:
-        v, write = gate(write, v), None
-    erase, write = (None if x is None else x.unsqueeze(-1) for x in (erase, write))
+    erase, write = (x.to(dtype).unsqueeze(-1) if x.ndim == 3 else x for x in (erase, write))
+    if not channel_gates:
+        erase, write = erase.to(dtype), write.to(dtype)
+        k, v, erase, write = fold_gates(k, p, v, erase, write)
     heads = max(x.shape[2] for x in (k, p, v, erase, write, g) if x is not None)
     S0 = None if initial_state is None else initial_state[0]
     o, S = core(q, k, p, v, erase, write, g, S0, cu_steps, scale, before_decay, exclusive, heads, dtype, **tuning)
@@ -189,5 +197,5 @@ def dplr(core: Callable, q, k, v, a, b, log_decay, scale, log_decay_min, initial
     g = per_token_decay(log_decay, *q.shape[:2], dtype)
     heads = max(x.shape[2] for x in (k, v, a, b, g) if x is not None)
     S0 = None if initial_state is None else initial_state[0]
-    o, S = core(q, a, -b, k, v, g, S0, cu_seqlens, scale, heads, dtype, **tuning)
+    o, S = core(q, a, b, k, v, g, S0, cu_seqlens, scale, heads, dtype, **tuning)
     return o.to(out_dtype), (S,) if return_state else None

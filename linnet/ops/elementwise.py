@@ -41,6 +41,19 @@ def _coefficient(op: str, name: str, a: object, x: Tensor) -> Tensor:
     return a
 
 
+def _decay(op: str, x: Tensor, a: Tensor | None, log_a: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Check the factor of a scan or its logarithm; both in the layout of the backends."""
+    if (a is None) == (log_a is None):
+        check.refuse(op, "a", "given if and only if log_a is not", "both" if a is not None else "neither")
+    if a is not None:
+        return _coefficient(op, "a", a, x), None
+    log_a = _coefficient(op, "log_a", log_a, x)
+    _real(op, log_a=log_a)
+    if check.debugging() and bool((log_a > 0).any()):
+        check.refuse(op, "log_a", "<= 0 (a natural logarithm)", f"a largest value of {float(log_a.max())}")
+    return None, log_a
+
+
 def scan(
     x: Tensor,
     *,
@@ -73,15 +86,7 @@ def scan(
     """
     op = "scan"
     batch, tokens = _sequence(op, "x", x, "[B, T, ...]")
-    if (a is None) == (log_a is None):
-        check.refuse(op, "a", "given if and only if log_a is not", "both" if a is not None else "neither")
-    if a is not None:
-        a = _coefficient(op, "a", a, x)
-    else:
-        log_a = _coefficient(op, "log_a", log_a, x)
-        _real(op, log_a=log_a)
-        if check.debugging() and bool((log_a > 0).any()):
-            check.refuse(op, "log_a", "<= 0 (a natural logarithm)", f"a largest value of {float(log_a.max())}")
+    a, log_a = _decay(op, x, a, log_a)
     rows = check.cu_seqlens(op, cu_seqlens, batch, tokens, x.device)
     initial_state = check.state(op, initial_state, {"h": (rows, *x.shape[2:])}, x.device)
     if initial_state is not None and initial_state[0].is_complex() and not (x.is_complex() or (a is not None and a.is_complex())):
@@ -89,6 +94,36 @@ def scan(
     return call(
         op, backend, x=x, a=a, log_a=log_a, initial_state=initial_state, return_state=return_state, cu_seqlens=cu_seqlens
     )  # fmt: skip
+
+
+def _selective_operands(
+    op: str, x_BTD: Tensor, delta_BTD: Tensor, A_DN: Tensor, B_BTN: Tensor, C_BTN: Tensor, D_D: Tensor | None, z_BTD: Tensor | None
+) -> tuple[int, int]:  # fmt: skip
+    """Check the operands of a selective scan; batch and tokens."""
+    batch, tokens = _sequence(op, "x_BTD", x_BTD, "[B, T, D]", 3)
+    width = x_BTD.shape[2]
+    check.tensor(op, "A_DN", A_DN, "[D, N]", 2, x_BTD)
+    check.sizes(op, "A_DN", A_DN, {0: ("channels", width)})
+    time = {0: ("batch", batch), 1: ("time", tokens)}
+    for name, x in (("delta_BTD", delta_BTD), ("z_BTD", z_BTD)):
+        if x is not None or name == "delta_BTD":
+            check.tensor(op, name, x, "[B, T, D]", 3, x_BTD)
+            check.sizes(op, name, x, time | {2: ("channels", width)})
+    for name, x in (("B_BTN", B_BTN), ("C_BTN", C_BTN)):
+        check.tensor(op, name, x, "[B, T, N] or [B, T, G, N]", (3, 4), x_BTD)
+        check.sizes(op, name, x, time | {-1: ("state channels", A_DN.shape[1])})
+        if x.ndim == 4 and (x.shape[2] < 1 or width % x.shape[2]):
+            check.refuse(op, name, f"of a number of groups that divides the {width} channels", f"{x.shape[2]} groups")
+    if D_D is not None:
+        check.tensor(op, "D_D", D_D, "[D]", 1, x_BTD)
+        check.sizes(op, "D_D", D_D, {0: ("channels", width)})
+    _real(op, x_BTD=x_BTD, delta_BTD=delta_BTD, A_DN=A_DN, B_BTN=B_BTN, C_BTN=C_BTN, D_D=D_D, z_BTD=z_BTD)
+    if check.debugging():
+        if bool((delta_BTD < 0).any()):
+            check.refuse(op, "delta_BTD", ">= 0 (a step size, after softplus)", f"a smallest value of {float(delta_BTD.min())}")
+        if bool((A_DN > 0).any()):
+            check.refuse(op, "A_DN", "<= 0", f"a largest value of {float(A_DN.max())}")
+    return batch, tokens
 
 
 def selective_scan(
@@ -126,35 +161,31 @@ def selective_scan(
     Source: Gu & Dao 2023, Mamba (arXiv 2312.00752).
     """
     op = "selective_scan"
-    batch, tokens = _sequence(op, "x_BTD", x_BTD, "[B, T, D]", 3)
-    width = x_BTD.shape[2]
-    check.tensor(op, "A_DN", A_DN, "[D, N]", 2, x_BTD)
-    check.sizes(op, "A_DN", A_DN, {0: ("channels", width)})
-    time = {0: ("batch", batch), 1: ("time", tokens)}
-    for name, x in (("delta_BTD", delta_BTD), ("z_BTD", z_BTD)):
-        if x is not None or name == "delta_BTD":
-            check.tensor(op, name, x, "[B, T, D]", 3, x_BTD)
-            check.sizes(op, name, x, time | {2: ("channels", width)})
-    for name, x in (("B_BTN", B_BTN), ("C_BTN", C_BTN)):
-        check.tensor(op, name, x, "[B, T, N] or [B, T, G, N]", (3, 4), x_BTD)
-        check.sizes(op, name, x, time | {-1: ("state channels", A_DN.shape[1])})
-        if x.ndim == 4 and (x.shape[2] < 1 or width % x.shape[2]):
-            check.refuse(op, name, f"of a number of groups that divides the {width} channels", f"{x.shape[2]} groups")
-    if D_D is not None:
-        check.tensor(op, "D_D", D_D, "[D]", 1, x_BTD)
-        check.sizes(op, "D_D", D_D, {0: ("channels", width)})
-    _real(op, x_BTD=x_BTD, delta_BTD=delta_BTD, A_DN=A_DN, B_BTN=B_BTN, C_BTN=C_BTN, D_D=D_D, z_BTD=z_BTD)
-    if check.debugging():
-        if bool((delta_BTD < 0).any()):
-            check.refuse(op, "delta_BTD", ">= 0 (a step size, after softplus)", f"a smallest value of {float(delta_BTD.min())}")
-        if bool((A_DN > 0).any()):
-            check.refuse(op, "A_DN", "<= 0", f"a largest value of {float(A_DN.max())}")
+    batch, tokens = _selective_operands(op, x_BTD, delta_BTD, A_DN, B_BTN, C_BTN, D_D, z_BTD)
     rows = check.cu_seqlens(op, cu_seqlens, batch, tokens, x_BTD.device)
-    initial_state = check.state(op, initial_state, {"h": (rows, width, A_DN.shape[1])}, x_BTD.device)
+    initial_state = check.state(op, initial_state, {"h": (rows, *A_DN.shape)}, x_BTD.device)
     return call(
         op, backend, x_BTD=x_BTD, delta_BTD=delta_BTD, A_DN=A_DN, B_BTN=B_BTN, C_BTN=C_BTN, D_D=D_D, z_BTD=z_BTD,
         initial_state=initial_state, return_state=return_state, cu_seqlens=cu_seqlens,
     )  # fmt: skip
+
+
+def _conv_operands(
+    op: str, x_BTD: Tensor, weight_DW: Tensor, bias_D: Tensor | None, activation: str | None
+) -> tuple[int, int]:  # fmt: skip
+    """Check the operands of a short convolution; batch and tokens."""
+    batch, tokens = _sequence(op, "x_BTD", x_BTD, "[B, T, D]", 3)
+    width = x_BTD.shape[2]
+    check.tensor(op, "weight_DW", weight_DW, "[D, W]", 2, x_BTD)
+    check.sizes(op, "weight_DW", weight_DW, {0: ("channels", width)})
+    if weight_DW.shape[1] < 1:
+        check.refuse(op, "weight_DW", "of at least one tap", check.describe(weight_DW))
+    if bias_D is not None:
+        check.tensor(op, "bias_D", bias_D, "[D]", 1, x_BTD)
+        check.sizes(op, "bias_D", bias_D, {0: ("channels", width)})
+    check.choice(op, "activation", activation, (None, "silu"))
+    _real(op, x_BTD=x_BTD, weight_DW=weight_DW, bias_D=bias_D)
+    return batch, tokens
 
 
 def short_conv(
@@ -184,19 +215,9 @@ def short_conv(
         ValueError: naming the argument, what was expected and what came.
     """
     op = "short_conv"
-    batch, tokens = _sequence(op, "x_BTD", x_BTD, "[B, T, D]", 3)
-    width = x_BTD.shape[2]
-    check.tensor(op, "weight_DW", weight_DW, "[D, W]", 2, x_BTD)
-    check.sizes(op, "weight_DW", weight_DW, {0: ("channels", width)})
-    if weight_DW.shape[1] < 1:
-        check.refuse(op, "weight_DW", "of at least one tap", check.describe(weight_DW))
-    if bias_D is not None:
-        check.tensor(op, "bias_D", bias_D, "[D]", 1, x_BTD)
-        check.sizes(op, "bias_D", bias_D, {0: ("channels", width)})
-    check.choice(op, "activation", activation, (None, "silu"))
-    _real(op, x_BTD=x_BTD, weight_DW=weight_DW, bias_D=bias_D)
+    batch, tokens = _conv_operands(op, x_BTD, weight_DW, bias_D, activation)
     rows = check.cu_seqlens(op, cu_seqlens, batch, tokens, x_BTD.device)
-    initial_state = check.state(op, initial_state, {"c": (rows, width, weight_DW.shape[1] - 1)}, x_BTD.device)
+    initial_state = check.state(op, initial_state, {"c": (rows, x_BTD.shape[2], weight_DW.shape[1] - 1)}, x_BTD.device)
     return call(
         op, backend, x_BTD=x_BTD, weight_DW=weight_DW, bias_D=bias_D, activation=activation, initial_state=initial_state,
         return_state=return_state, cu_seqlens=cu_seqlens,

@@ -33,6 +33,35 @@ def _scale(scale: float | None, q: Tensor) -> float:
     return q.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
+def _delta_gates(
+    op: str, k: Tensor, v: Tensor, erase: Tensor, write: Tensor | None, write_key: Tensor | None
+) -> dict[str, int]:  # fmt: skip
+    """Check the gates and the write key of the delta rule beside k and v; their head counts."""
+    gates = {"erase": (erase, k.shape[3], "K"), "write": (write, v.shape[3], "V"), "write_key": (write_key, k.shape[3], "K")}
+    counts = {}
+    for name, (x, channels, letter) in gates.items():
+        if x is None and name != "erase":
+            continue
+        ndim = 4 if name == "write_key" else (3, 4)
+        shape = f"[B, T*n, H, {letter}]" if name == "write_key" else f"[B, T*n, H] or [B, T*n, H, {letter}]"
+        check.tensor(op, name, x, shape, ndim, k)
+        check.sizes(op, name, x, {0: ("batch", k.shape[0]), 1: ("time", k.shape[1])})
+        if x.ndim == 4:
+            check.sizes(op, name, x, {3: (f"{letter} channels", channels)})
+        counts[name] = x.shape[2]
+    if write is None and erase.ndim == 4:
+        check.refuse(op, "write", "given when erase is channel-wise", "None")
+    return counts
+
+
+def _dplr_directions(op: str, q: Tensor, a: Tensor, b: Tensor) -> dict[str, int]:
+    """Check the two directions of the low-rank term beside q; their head counts."""
+    for name, x in (("a", a), ("b", b)):
+        check.tensor(op, name, x, "[B, T, H, K]", 4, q)
+        check.sizes(op, name, x, {0: ("batch", q.shape[0]), 1: ("time", q.shape[1]), 3: ("key channels", q.shape[3])})
+    return {"a": a.shape[2], "b": b.shape[2]}
+
+
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -174,19 +203,7 @@ def delta_rule(
     rows = check.cu_seqlens(op, cu_seqlens, batch, tokens, q.device)
     counts = {"q": q.shape[2], "k": k.shape[2], "v": v.shape[2]}
     counts["log_decay"] = check.log_decay(op, log_decay, q, tokens, key_size, log_decay_min)
-    gates = {"erase": (erase, key_size, "K"), "write": (write, v.shape[3], "V"), "write_key": (write_key, key_size, "K")}
-    for name, (x, channels, letter) in gates.items():
-        if x is None and name != "erase":
-            continue
-        ndim = 4 if name == "write_key" else (3, 4)
-        shape = f"[B, T*n, H, {letter}]" if name == "write_key" else f"[B, T*n, H] or [B, T*n, H, {letter}]"
-        check.tensor(op, name, x, shape, ndim, q)
-        check.sizes(op, name, x, {0: ("batch", batch), 1: ("time", k.shape[1])})
-        if x.ndim == 4:
-            check.sizes(op, name, x, {3: (f"{letter} channels", channels)})
-        counts[name] = x.shape[2]
-    if write is None and erase.ndim == 4:
-        check.refuse(op, "write", "given when erase is channel-wise", "None")
+    counts |= _delta_gates(op, k, v, erase, write, write_key)
     check.heads(op, counts)
     state_heads = max(count for name, count in counts.items() if name != "q")
     shapes = {"S": (rows, state_heads, key_size, v.shape[3])}
@@ -233,11 +250,7 @@ def dplr(
     _common(op, q, k, v, 1)
     batch, tokens, _, key_size = q.shape
     rows = check.cu_seqlens(op, cu_seqlens, batch, tokens, q.device)
-    counts = {"q": q.shape[2], "k": k.shape[2], "v": v.shape[2]}
-    for name, x in (("a", a), ("b", b)):
-        check.tensor(op, name, x, "[B, T, H, K]", 4, q)
-        check.sizes(op, name, x, {0: ("batch", batch), 1: ("time", tokens), 3: ("key channels", key_size)})
-        counts[name] = x.shape[2]
+    counts = {"q": q.shape[2], "k": k.shape[2], "v": v.shape[2]} | _dplr_directions(op, q, a, b)
     counts["log_decay"] = check.log_decay(op, log_decay, q, tokens, key_size, log_decay_min)
     check.heads(op, counts)
     state_heads = max(count for name, count in counts.items() if name != "q")

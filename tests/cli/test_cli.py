@@ -205,3 +205,11 @@ def test_eval_knows_tasks_besides_checkpoints(tmp_path):
     assert "mqar" in run("eval", "list").output
     assert "pass" in run("eval", "tier0", "shift").output
     assert "task must be one of" in run("eval", "run", "nothing", "--mixers", "gla", "--out", tmp_path, code=2).stderr
+
+
+def test_lm_eval_says_what_it_needs(monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else find(name, *rest))
+    assert "pip install 'linnet[eval]'" in run("lm-eval", "runs/none", "--tasks", "piqa", code=2).stderr

@@ -1,8 +1,10 @@
 """The generators: the same batch everywhere, and tasks that can be solved by who knows the rule."""
 
 import json
+import pickle
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +17,34 @@ from linnet.evals.tasks._base import IGNORE, divide, stream
 from linnet.evals.tasks.ruler import TextTask, matched
 from linnet.evals.tasks.selectivbench import LONGEST, grammar, walk
 
+
+def write_files(folder: Path) -> Path:
+    """Tiny data in the formats of the tasks that read the user's files; the same numbers every time."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for kind in ("pos", "neg"):
+            (folder / "imdb" / split / kind).mkdir(parents=True)
+            for i in range(3):
+                (folder / "imdb" / split / kind / f"{i}.txt").write_text(f"{kind} {split} {i} " * (i + 1))
+    for name in ("train", "eval", "test"):
+        lines = [f"{i % 2}.0\t{i}\t{i + 1}\tfirst {name} {i}\tsecond {i}\n" for i in range(4)]
+        (folder / f"new_aan_pairs.{name}.tsv").write_text("".join(lines))
+    (folder / "cifar").mkdir()
+    for name in ("data_batch_1", "data_batch_2", "test_batch"):
+        data = {b"data": rng.integers(0, 256, (6, 3072)).astype(np.uint8), b"labels": rng.integers(0, 10, 6).tolist()}
+        (folder / "cifar" / name).write_bytes(pickle.dumps(data, protocol=2))
+    return folder
+
+
+_FOLDER = tempfile.TemporaryDirectory()
+FILES = write_files(Path(_FOLDER.name))
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
 SMALL = {
     "listops": {"low": 30, "length": 150},
     "listops_subtrees": {"low": 30, "length": 150},
+    "lra_image": {"path": str(FILES / "cifar")},
+    "lra_retrieval": {"path": str(FILES), "length": 64},
+    "lra_text": {"path": str(FILES / "imdb"), "length": 40},
     "mqar_long": {"vocabulary": 512},
     "pathfinder_segmentation": {"length": 32, "distractors": 1},
     "pathfinder_x": {"length": 32, "distractors": 1},
@@ -272,3 +298,68 @@ def test_a_csv_file_is_split_in_the_order_of_time(tmp_path):
     assert measured["mse"] < 1e-6 < 1e-4 < measured["mse_repeat"]
     with pytest.raises(ValueError, match="must hold at least length"):
         get_task("forecasting", path=str(path), length=90, horizon=60).batch("validation", 0, 1)
+
+
+def test_files_of_long_range_arena(tmp_path):
+    x, y, _ = small("lra_text").batch("test", 0, 40)
+    for row, target in zip(x, y, strict=True):
+        text = bytes((row[row > 0] - 1).astype(np.uint8)).decode()
+        assert text.startswith(("neg test", "pos test")) and (target != IGNORE).sum() == 1
+        assert target[len(text) - 1] == text.startswith("pos")
+    seen = {split: {row.tobytes() for row in small("lra_text").batch(split, 0, 60).inputs} for split in ("train", "validation")}
+    assert len(seen["train"]) == 5 and len(seen["validation"]) == 1 and not seen["train"] & seen["validation"]
+    x, y, _ = small("lra_retrieval").batch("validation", 0, 20)
+    for row, target in zip(x, y, strict=True):
+        middle = int(np.flatnonzero(row == 257)[0])
+        first, second = (bytes((part[part > 0] - 1).astype(np.uint8)).decode() for part in (row[:middle], row[middle + 1 :]))
+        assert first.startswith("first eval") and target.max() == int(first[-1]) % 2 and second.startswith("second")
+    data = pickle.loads((FILES / "cifar" / "test_batch").read_bytes())
+    grey = (data[b"data"].reshape(6, 3, 1024).transpose(0, 2, 1) @ np.array([0.299, 0.587, 0.114])) / 127.5 - 1
+    x, y, _ = small("lra_image").batch("test", 0, 30)
+    for image, target in zip(x[..., 0], y, strict=True):
+        which = np.abs(grey - image).max(1).argmin()
+        assert np.abs(grey[which] - image).max() < 1e-5 and target[-1] == data[b"labels"][which]
+
+    (tmp_path / "train.csv").write_text('review,sentiment\n"good, ""very""",positive\nbad,negative\n')
+    (tmp_path / "test.csv").write_text("label,text\n0,awful\n1,fine\n")
+    x, y, _ = get_task("lra_text", path=str(tmp_path), length=16).batch("test", 0, 20)
+    assert {(bytes((r[r > 0] - 1).astype(np.uint8)), t.max()) for r, t in zip(x, y, strict=True)} == {(b"awful", 0), (b"fine", 1)}
+    image = pytest.importorskip("PIL.Image")
+    for folder, colour in ((tmp_path / "png" / s / n, c) for s in ("train", "test") for n, c in (("cat", 0), ("dog", 255))):
+        folder.mkdir(parents=True)
+        for k in range(2):
+            image.new("RGB", (32, 32), (colour,) * 3).save(folder / f"{k}.png")
+    x, y, _ = get_task("lra_image", path=str(tmp_path / "png")).batch("test", 0, 20)
+    assert np.allclose(x[:, 0, 0], 2 * y[:, -1] - 1, atol=1e-5) and set(y[:, -1]) == {0, 1}
+
+
+def test_files_that_are_not_there_are_refused(tmp_path):
+    for name, expected in (
+        ("lra_text", "IMDb folder"),
+        ("lra_retrieval", "new_aan_pairs.train.tsv"),
+        ("lra_image", "data_batch_1"),
+    ):
+        for path in ("", str(tmp_path / "none"), str(tmp_path)):
+            with pytest.raises(ValueError, match=f"path must be .*{expected}"):
+                get_task(name, path=path).batch("train", 0, 2)
+    (tmp_path / "train.csv").write_text("text,label\nx,7\n")
+    with pytest.raises(ValueError, match="columns text, label"):
+        get_task("lra_text", path=str(tmp_path)).batch("train", 0, 2)
+    for name in ("data_batch_1", "test_batch"):
+        (tmp_path / name).write_bytes(pickle.dumps({b"data": Path("x")}))
+    with pytest.raises(ValueError, match="arrays and lists only"):
+        get_task("lra_image", path=str(tmp_path)).batch("test", 0, 2)
+
+
+def test_text_and_recall_share_a_batch(tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"line {i} of the text\n" for i in range(2000)))
+    task = get_task("text_recall", path=str(tmp_path / "text.txt"), length=64, pairs=8)
+    x, y, info = task.batch("test", 0, 10)
+    assert info["part"].tolist() == [0] * 5 + [1] * 5 and (y[:5, :-1] == x[:5, 1:]).all() and (x[:5] < 256).all()
+    memory = [dict(zip(row[:16:2].tolist(), row[1:16:2].tolist(), strict=True)) for row in x[5:]]
+    assert all(y[5 + i, t] == memory[i][x[5 + i, t]] for i, t in zip(*np.nonzero(y[5:] != IGNORE), strict=True))
+    output = np.zeros((10, 64, task.output_size))
+    measured = divide(task.metrics(output, task.batch("test", 0, 10)))
+    assert measured["bits_per_byte"] == pytest.approx(np.log2(task.output_size)) and measured["accuracy"] == 0
+    with pytest.raises(ValueError, match="digest must be"):
+        get_task("text_recall", path=str(tmp_path / "text.txt"), digest="0").batch("train", 0, 2)

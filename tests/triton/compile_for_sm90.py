@@ -56,20 +56,53 @@ def tensors(*shapes, dtype=BF):
     return [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
-def delta_rule(H: int, T: int, K: int, decay: str | None, **options):
-    q, k, v = tensors(*[(1, T, H, K)] * 3)
-    (erase,) = tensors((1, T, H))
+def delta_rule(H: int, T: int, K: int, decay: str | None, V: int | None = None, channels: bool = False, **options):
+    q, k, v = tensors((1, T, H, K), (1, T, H, K), (1, T, H, V or K))
+    erase, write = tensors(k.shape, v.shape) if channels else tensors(*[(1, T, H)] * 2)
     g = {None: None, "scalar": (1, T, H), "channel": (1, T, H, K)}[decay]
     g = None if g is None else tensors(g, dtype=torch.float32)[0]
-    o, _ = ops.delta_rule(q, k, v, erase=erase, log_decay=g, backend="triton", **options)
+    o, _ = ops.delta_rule(q, k, v, erase=erase, write=write, log_decay=g, backend="triton", **options)
     o.sum().backward()
 
 
+def dplr(H: int, T: int, K: int, decay: str | None, **options):
+    q, k, v, a, b = tensors(*[(1, T, H, K)] * 5)
+    g = {None: None, "scalar": (1, T, H), "channel": (1, T, H, K)}[decay]
+    g = None if g is None else tensors(g, dtype=torch.float32)[0]
+    o, _ = ops.dplr(q, k, v, a, b, g, backend="triton", **options)
+    o.sum().backward()
+
+
+def decode(B: int, T: int, K: int):
+    """The steps in place of B rows and T tokens, with slots and counts."""
+    H, V, D, N = 16, 128, 2048, 16
+    x = lambda *shape, dtype=BF: torch.zeros(shape, dtype=dtype)
+    full = lambda *shape: x(*shape, dtype=torch.float32)
+    q, v, gate, rows = x(B, T, H, K), x(B, T, H, V), x(B, T, H), torch.zeros(B, dtype=torch.int32)
+    where = {"slots": rows, "counts": rows, "backend": "triton"}
+    step, S = ops.decode, full(B, H, K, V)
+    step.linear_attention(q, q, v, full(B, T, H), state=S, **where)
+    step.delta_rule(q, q, v, erase=gate, log_decay=full(B, T, H), state=S, **where)
+    step.delta_rule(q, q, v, erase=q, write=v, write_key=q, log_decay=full(B, T, H, K), read="before", state=S, **where)
+    step.dplr(q, q, v, q, q, full(B, T, H, K), state=S, **where)
+    step.short_conv(x(B, T, D), full(D, 4), full(D), "silu", state=full(B, D, 3), **where)
+    y, n = x(B, T, D), x(B, T, N)
+    step.selective_scan(y, y, full(D, N), n, n, full(D), y, state=full(B, D, N), **where)
+
+
 CALLS = {
+    "decode": lambda: decode(1, 1, 128),
+    "decode, wide tiles and several tokens": lambda: decode(64, 4, 256),
     "delta rule": lambda: delta_rule(2, 256, 128, "scalar"),
     "delta rule, one head and token": lambda: delta_rule(1, 1, 16, None),
     "delta rule, odd sizes": lambda: delta_rule(1, 37, 24, "scalar"),
+    "delta rule, wide": lambda: delta_rule(2, 256, 256, "scalar"),
+    "delta rule, wide odd sizes": lambda: delta_rule(1, 256, 192, "channel", V=48, log_decay_min=-5.0),
+    "delta rule, gates per channel": lambda: delta_rule(2, 256, 128, "channel", channels=True, log_decay_min=-5.0),
     "delta rule, per channel": lambda: delta_rule(2, 256, 128, "channel", log_decay_min=-5.0),
+    "dplr": lambda: dplr(2, 256, 128, "channel", log_decay_min=-0.61),
+    "dplr, no bound": lambda: dplr(2, 256, 128, "channel"),
+    "dplr, odd sizes": lambda: dplr(1, 37, 24, None),
 }
 
 

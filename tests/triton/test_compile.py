@@ -16,10 +16,18 @@ SCRIPT = Path(__file__).with_name("compile_for_sm90.py")
 @pytest.mark.parametrize(
     ("call", "kernels"),
     [
+        ("decode", {"step_kernel", "conv_kernel", "selective_kernel"}),
+        ("decode, wide tiles and several tokens", {"step_kernel", "conv_kernel", "selective_kernel"}),
         ("delta rule", {"prepare_scalar", "forward_sweep", "backward_sweep", "gradients_scalar", "value_gradients"}),
         ("delta rule, one head and token", {"prepare_scalar", "forward_sweep", "backward_sweep", "gradients_scalar"}),
         pytest.param("delta rule, odd sizes", {"prepare_scalar", "gradients_scalar"}, marks=pytest.mark.slow),
-        pytest.param("delta rule, per channel", {"prepare_vector", "gradients_vector"}, marks=pytest.mark.slow),
+        pytest.param("delta rule, wide", {"forward_sweep", "backward_sweep"}, marks=pytest.mark.slow),
+        pytest.param("delta rule, wide odd sizes", {"forward_sweep", "gradients_vector"}, marks=pytest.mark.slow),
+        pytest.param("delta rule, gates per channel", {"prepare_frame", "value_gradients"}, marks=pytest.mark.slow),
+        pytest.param("delta rule, per channel", {"prepare_frame", "gradients_frame"}, marks=pytest.mark.slow),
+        ("dplr", {"prepare", "sweep", "solved", "gradients"}),
+        pytest.param("dplr, no bound", {"prepare", "sweep", "solved", "gradients"}, marks=pytest.mark.slow),
+        pytest.param("dplr, odd sizes", {"prepare", "sweep", "solved", "gradients"}, marks=pytest.mark.slow),
     ],
 )
 def test_the_kernels_compile_for_sm_90(call, kernels, tmp_path):

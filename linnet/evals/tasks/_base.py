@@ -26,7 +26,8 @@ Sums = dict[str, tuple[Any, Any]]  # metric -> (sum, count): batches are added b
 
 
 class Batch(NamedTuple):
-    """inputs: ids [B, T] int64 or vectors [B, T, C] float32. targets: see above. info: what the metrics of the task need."""
+    """inputs: ids [B, T] int64 or vectors [B, T, C] float32. targets: see above. info: what the metrics of the task need, and
+    where there is "part" [B], the rows of each part 0, 1, .. count alike in the loss."""
 
     inputs: np.ndarray
     targets: np.ndarray
@@ -58,6 +59,7 @@ class Task:
     inputs: ClassVar[str] = "tokens"  # or "vectors"
     targets: ClassVar[str] = "classes"  # or "values"
     readout: ClassVar[str] = "position"  # or "last": every target is read from the last hidden state (compression)
+    needs_logits: ClassVar[bool] = False  # whether `metrics` reads more of the logits than the largest one
 
     def __post_init__(self):
         if isinstance(self.length, bool) or not isinstance(self.length, int) or self.length < 1:
@@ -86,8 +88,8 @@ class Task:
         return 1 / self.output_size if self.targets == "classes" else 0.0
 
     def options(self) -> dict[str, Any]:
-        """The options that differ from the defaults of the class."""
-        given = {f.name: (getattr(self, f.name), f.default) for f in dataclasses.fields(self) if f.name != "name"}
+        """The options that differ from the defaults of the class, but for where the data lie."""
+        given = {f.name: (getattr(self, f.name), f.default) for f in dataclasses.fields(self) if f.name not in ("name", "path")}
         return {name: value for name, (value, default) in given.items() if value != default}
 
     def at(self, **options: Any) -> Task:
@@ -108,14 +110,19 @@ class Task:
         raise NotImplementedError
 
     def metrics(self, output: np.ndarray, batch: Batch) -> Sums:
-        """Sums of the measures of one batch; output: logits [B, T, classes] or values [B, T, O]."""
+        """Sums of the measures of one batch; output: logits [B, T, classes], classes [B, T], or values [B, T, O]."""
         if self.targets == "values":
             return value_metrics(output, batch.targets)
-        return class_metrics(output.argmax(-1) == batch.targets, batch.targets != IGNORE)
+        return class_metrics(choices(output) == batch.targets, batch.targets != IGNORE)
 
     def score(self, metrics: dict[str, Any]) -> float:
         """The one number that says how good a model is, higher is better: accuracy, or R^2."""
         return metrics["accuracy"] if self.targets == "classes" else metrics["r2"]
+
+
+def choices(output: np.ndarray) -> np.ndarray:
+    """The most likely classes [B, T], from these or from logits."""
+    return output.argmax(-1) if output.ndim == 3 else output
 
 
 def class_metrics(right: np.ndarray, asked: np.ndarray) -> Sums:

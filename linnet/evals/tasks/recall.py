@@ -6,7 +6,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from linnet.evals.tasks._base import IGNORE, Batch, Task, class_metrics, distinct, empty_targets, power_law_slots, register_task
+from linnet.evals.tasks._base import (
+    IGNORE,
+    Batch,
+    Task,
+    choices,
+    class_metrics,
+    distinct,
+    empty_targets,
+    power_law_slots,
+    register_task,
+)
 
 
 @register_task("mqar")
@@ -19,10 +29,11 @@ class MQAR(Task):
     k1 v1 ... kD vD, then each key once more at a slot drawn from a power law; at that position its value is asked (and not
     shown). Keys are distinct ids of the lower half of the vocabulary, values of the upper half; id 0 is the filler.
 
-    pairs: D, or several, one of which is drawn per batch. spread: exponent a of p(slot j) ~ (j + 1)^(a - 1). filler: "zero" or
-    "random" ids, which may collide with keys. passes: how often the pairs are shown. updates: so many keys get a new value after
-    the pairs; the last one counts (a memory that adds gives the sum). `mqar_long`: the setting of the length test of Kaczmarz
-    Linear Attention (2605.08587), 256 tokens, tested on longer rows; keys and slots are distinct here, so that it can be solved.
+    pairs: D, or several, one of which is drawn per training batch; validation and test have the largest. spread: exponent a of
+    p(slot j) ~ (j + 1)^(a - 1). filler: "zero" or "random" ids, which may collide with keys. passes: how often the pairs are
+    shown. updates: so many keys get a new value after the pairs; the last one counts (a memory that adds gives the sum).
+    `mqar_long`: the setting of the length test of Kaczmarz Linear Attention (2605.08587), 256 tokens, tested on longer rows; keys
+    and slots are distinct here, so that it can be solved.
     """
 
     vocabulary: int = 128
@@ -51,7 +62,8 @@ class MQAR(Task):
         return 1 / (self.vocabulary - self.vocabulary // 2)
 
     def generate(self, rng, size, split):
-        D = self.pairs if isinstance(self.pairs, int) else self.pairs[rng.integers(len(self.pairs))]
+        several = (self.pairs,) if isinstance(self.pairs, int) else self.pairs
+        D = several[rng.integers(len(several))] if split == "train" and len(several) > 1 else max(several)
         half = self.vocabulary // 2
         keys, values = distinct(rng, size, D, 1, half), distinct(rng, size, D, half, self.vocabulary)
         context = np.tile(np.stack((keys, values), -1).reshape(size, -1), self.passes)
@@ -76,7 +88,7 @@ class MQAR(Task):
     def metrics(self, output, batch):
         sums = super().metrics(output, batch)
         if self.updates:
-            asked, right = batch.targets != IGNORE, output.argmax(-1) == batch.targets
+            asked, right = batch.targets != IGNORE, choices(output) == batch.targets
             updated = batch.info["updated"]
             sums["accuracy_updated"] = class_metrics(right, asked & updated)["accuracy"]
             sums["accuracy_kept"] = class_metrics(right, asked & ~updated)["accuracy"]

@@ -112,6 +112,7 @@ class SelectivBench(Task):
     quiet: int = 50
     grammar_seed: int = 0
     inputs = "vectors"
+    needs_logits = True
 
     def check(self) -> None:
         if not 0 <= self.min_gap <= self.max_gap:

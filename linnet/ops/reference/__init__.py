@@ -4,6 +4,7 @@ from linnet.ops.reference import (  # noqa: F401 (each registers its implementat
     attention,
     bidirectional,
     convolution,
+    decode,
     elementwise,
     loss,
     memory,

@@ -4,6 +4,7 @@ from linnet.ops.torch import (  # noqa: F401 (each registers its implementations
     attention,
     bidirectional,
     conv,
+    decode,
     elementwise,
     long_conv,
     loss,

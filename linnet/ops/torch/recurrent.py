@@ -294,7 +294,8 @@ def delta_core(
     return _read(q, S0 if exclusive else S, scale, dtype).to(v.dtype), S
 
 
-def dplr_core(q, e, w, p, u, g, S0, cu_seqlens, scale, heads, dtype, chunk=CHUNK["dplr"]):
+def dplr_core(q, e, b, p, u, g, S0, cu_seqlens, scale, heads, dtype, chunk=CHUNK["dplr"]):
+    w = -b
     if not single_token(q, cu_seqlens):
         size = fit_chunk(chunk, q.shape[1])
         save = needs_backward(q, e, w, p, u, g, S0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from linnet.ops.triton._kernel_delta import backward_sweep, forward_sweep, gradients_scalar, prepare_scalar, value_gradients
+from linnet.ops.triton._kernel_delta_frame import gradients_frame, prepare_frame
 from linnet.ops.triton._kernel_delta_vector import gradients_vector, prepare_vector
 from linnet.ops.triton._linear import _fold
 from linnet.ops.triton._plan import WIDEST, DeltaCall, rows_of
@@ -43,6 +45,11 @@ def _heads(x: Tensor | None) -> int:
     return 1 if x is None else x.shape[2]
 
 
+def _gate_kind(x: Tensor | None) -> int:
+    """0 no gate, 1 one per token, 2 one per channel."""
+    return 0 if x is None else 1 if x.shape[3] == 1 else 2
+
+
 def prepare(call: DeltaCall, q, k, p, g, erase, write) -> Prepared:
     t, C, H, K = call.tile("prepare"), call.C, call.H, call.K
     NB, tokens = call.chunks, call.B * call.T
@@ -51,26 +58,30 @@ def prepare(call: DeltaCall, q, k, p, g, erase, write) -> Prepared:
     factors = new(5, H, tokens, dtype=torch.float32)
     BD = _width(K, t.BD)
     shared = dict(
-        BD=BD, C=C, ERASE=erase is not None, WRITE=write is not None, SAME=k is None, EXCL=call.exclusive, BEFORE=call.before,
+        BD=BD, C=C, ERASE=_gate_kind(erase), WRITE=_gate_kind(write) == 1, SAME=k is None, EXCL=call.exclusive, BEFORE=call.before,
         ROWS=call.ragged, COL=K % BD != 0, PACKED=call.cu is not None, INV=INVERSE_TYPES[t.inverse], IP=call.precision,
         num_warps=t.warps, num_stages=1, maxnreg=t.registers,
     )  # fmt: skip
     operands = (q, k, p, g, erase, write)
     strides = tuple(_stride(x) for x in operands)
-    heads = (H, *(_heads(x) for x in operands))
+    sharing = tuple(H // _heads(x) for x in operands)
     if call.kind == "vector":
         decayed = [new(call.B, call.T, H, K, dtype=q.dtype) for _ in range(3)]
         carry = new(NB, H, K, dtype=torch.float32)
-        prepare_vector[(NB * H,)](
+        kernel, own = (prepare_frame, {}) if call.framed else (prepare_vector, call.levels)
+        kernel[(NB * H,)](
             *operands, inverse, pairs, *decayed, factors, carry, call.cu, call.T, tokens, call.N, *strides, call.scale, call.floor,
-            *heads, K, triton.cdiv(K, BD), LEVELS=C.bit_length() - 1, FRAME=call.frame > 0, SPLIT=q.dtype != torch.float32,
-            DT=call.triton_dtype(tl), **shared,
+            H, *sharing, K, triton.cdiv(K, BD), DT=call.triton_dtype(tl), **own, **shared,
         )  # fmt: skip
         return Prepared(inverse, pairs, factors, carry, *decayed)
     carry = new(H, NB, dtype=torch.float32)
-    prepare_scalar[(NB * H,)](
-        *operands, inverse, pairs, factors, carry, call.cu, call.T, tokens, call.N, NB, *strides, call.scale, *heads, K,
-        triton.cdiv(K, BD), DECAY=g is not None, **shared,
+    desc = t.descriptors and K % BD == 0 and _aligned(q, k, p)
+    tiles = tuple(_wrapped(x, C, BD) if desc and x is not None else x for x in (q, k, p))
+    matrices = tuple(TensorDescriptor(x, [x.numel() // C, C], [C, 1], [C, C]) if desc else x for x in (inverse, pairs))
+    run = 1 if call.cu is not None else math.gcd(NB, t.run)
+    prepare_scalar[(NB // run * H,)](
+        *tiles, g, erase, write, *matrices, factors, carry, call.cu, call.T, tokens, call.N, NB, *strides, call.scale, H,
+        *sharing, K, triton.cdiv(K, BD), RUN=run, STAGES=t.stages, DECAY=g is not None, DESC=desc, **shared,
     )  # fmt: skip
     return Prepared(inverse, pairs, factors, carry, *(q.new_empty(0) for _ in range(3)))
 
@@ -94,19 +105,22 @@ def _operands(call: DeltaCall, prepared: Prepared, q, k, p):
 class _Launch:
     """Descriptors and sizes that both sweeps share."""
 
-    def __init__(self, call: DeltaCall, part: str, prepared: Prepared, q, e, p, values: Tensor | None, V: int):
+    def __init__(
+        self, call: DeltaCall, part: str, prepared: Prepared, q, e, p, values: Tensor | None, V: int, gate: Tensor | None = None
+    ):  # fmt: skip
         t = call.tile(part)
         C, K = call.C, call.K
         BD = _width(K, WIDEST)
         BV = _width(V, t.BV)
-        desc = t.descriptors and K == BD and V % BV == 0 and _aligned(q, e, p, values)
+        desc = t.descriptors and K == BD and V % BV == 0 and _aligned(q, e, p, values, gate)
         self.store = desc and not call.ragged
         self.desc, self.BV, self.H, self.V = desc, BV, call.H, V
         self.NV = triton.cdiv(V, BV)
-        self.inputs = [q, e, p, values]
+        self.inputs, self.gate = [q, e, p, values], gate
         self.matrices = [prepared.inverse, prepared.pairs]
         if desc:
             self.inputs = [None if x is None else _wrapped(x, C, w) for x, w in zip(self.inputs, (BD, BD, BD, BV), strict=True)]
+            self.gate = None if gate is None else _wrapped(gate, C, BV)
             self.matrices = [TensorDescriptor(x, [x.numel() // C, C], [C, 1], [C, C]) for x in self.matrices]
         self.strides = tuple(_stride(x) for x in (q, e, p, values))
         self.heads = tuple(_heads(x) for x in (q, e, p, values))
@@ -131,12 +145,14 @@ def _forward(
     """One forward sweep; u None: the map of every split, into S_out [N*NS, H, K, K]."""
     (q, e, p), same = _operands(call, prepared, q, k, p)
     V = call.K if u is None else call.V
-    run = _Launch(call, "forward", prepared, q, e, p, u, V)
+    gate = write if _gate_kind(write) == 2 else None
+    run = _Launch(call, "forward", prepared, q, e, p, u, V, gate)
     H_in, H_out = (1 if S is None else S.shape[1] for S in (S_in, S_out))
     forward_sweep[(call.N * splits * call.H * run.NV,)](
-        *run.inputs, *run.matrices, prepared.factors, prepared.carry, run.target(o, call.C), run.target(x, call.C),
-        run.states(states, call.K), S_in, S_out, call.cu, call.T, call.B * call.T, call.chunks, *run.strides, call.H, *run.heads,
-        H_in, H_out, call.K, V, run.NV, splits, SAME=same, WRITE=write is not None, VALUES=u is not None, OUT=o is not None,
+        *run.inputs, run.gate, *run.matrices, prepared.factors, prepared.carry, run.target(o, call.C), run.target(x, call.C),
+        run.states(states, call.K), S_in, S_out, call.cu, call.T, call.B * call.T, call.chunks, *run.strides, _stride(gate), call.H,
+        *run.heads, _heads(gate), H_in, H_out, call.K, V, run.NV, splits, SAME=same, WRITE=_gate_kind(write),
+        VALUES=u is not None, OUT=o is not None,
         SAVE_X=x is not None, SAVE_S=states is not None, HAS_IN=S_in is not None, HAS_OUT=S_out is not None, **run.shared,
     )  # fmt: skip
 
@@ -233,27 +249,29 @@ def backward(
         dS0 = new(call.N, H, K, V, dtype=torch.float32)
         _backward(call, prepared, q, k, p, do, y=y, states=adjoints, R_in=dS, first=True, R_out=dS0)
     t = call.tile("gradients")
-    BD, BV = _width(K, t.BD), _width(V, WIDEST)
-    ND = triton.cdiv(K, BD)
+    BD, BV = _width(K, t.BD), _width(V, 128)
+    ND, NV = triton.cdiv(K, BD), triton.cdiv(V, BV)
     out = lambda a: new(1, B, T, H, K, dtype=dtype if a.shape[2] == H else torch.float32)
     vector = call.kind == "vector"
     dq, dp = out(q), out(p)
     dk = None if k is None else out(k)
     part = lambda n: new(n, H, B * T, dtype=torch.float32)
-    derase = None if erase is None else part(ND)
-    dwrite = None if write is None else part(1)
+    channels = lambda a: new(1, B, T, H, a.shape[3], dtype=a.dtype if a.shape[2] == H else torch.float32)
+    derase = None if erase is None else part(ND) if _gate_kind(erase) == 1 else channels(erase)
+    dwrite = None if write is None else part(1) if _gate_kind(write) == 1 else channels(write)
     gate = g is not None and need_dg
     dg = None if g is None or (vector and not gate) else new(1, B, T, H, K, dtype=torch.float32) if vector else part(ND)
     shared = dict(
-        BD=BD, BV=BV, C=call.C, ERASE=erase is not None, SAME=k is None, EXCL=exclusive, BEFORE=before,
-        ROWS=call.ragged, COL_D=K % BD != 0, COL_V=V != BV, PACKED=cu is not None, IP=call.precision, num_warps=t.warps,
+        BD=BD, BV=BV, NV=NV, C=call.C, ERASE=_gate_kind(erase), SAME=k is None, EXCL=exclusive, BEFORE=before,
+        ROWS=call.ragged, COL_D=K % BD != 0, COL_V=V % BV != 0, PACKED=cu is not None, IP=call.precision, num_warps=t.warps,
         maxnreg=t.registers,
     )  # fmt: skip
-    heads_of = (H, *(_heads(a) for a in (q, k, p)))
+    sharing = lambda *operands: tuple(H // _heads(a) for a in operands)  # 1 costs the short programs no division
     strides = tuple(_stride(a) for a in (q, k, p, do))
     inputs, kept = (q, k, p, x, y, do), (states, adjoints)
-    desc = t.descriptors and K % BD == 0 and V == BV and _aligned(*inputs, g if vector else None)
-    results = (dq, dk, dp, dg) if vector else (dq, dk, dp)
+    tiles = (g, erase if _gate_kind(erase) == 2 else None) if vector else ()
+    desc = t.descriptors and K % BD == 0 and V % BV == 0 and _aligned(*inputs, *tiles)
+    results = (dq, dk, dp, dg, derase if _gate_kind(erase) == 2 else None) if vector else (dq, dk, dp)
     store = desc and not call.ragged and all(a is None or a.dtype == dtype for a in results[:3])
     if desc:
         wrap = lambda a, width: None if a is None else _wrapped(a, call.C, width)
@@ -262,27 +280,29 @@ def backward(
     if store:
         results = tuple(None if a is None else _wrapped(a[0], call.C, BD) for a in results)
     if vector:
-        stride_g, g_heads, g_tiles = _stride(g), _heads(g), _wrapped(g, call.C, BD) if desc else g
-        gradients_vector[(NB * H * ND,)](
-            *inputs, g_tiles, prepared.carry, erase, *kept, *results[:3], derase, results[3], cu, T, B * T, call.N, *strides,
-            stride_g, _stride(erase), scale, call.floor, *heads_of, g_heads, _heads(erase), K, V, ND,
-            LEVELS=call.C.bit_length() - 1, FRAME=call.frame > 0, GATE=gate, DESC=desc, STORE=store, SPLIT=dtype != torch.float32,
-            DT=call.triton_dtype(tl), **shared,
+        g_tiles, erase_tiles = (_wrapped(a, call.C, BD) if desc and a is not None else a for a in tiles)
+        erase_tiles = erase if erase_tiles is None else erase_tiles
+        derase_tiles = derase if results[4] is None else results[4]
+        kernel, own = (gradients_frame, {}) if call.framed else (gradients_vector, call.levels)
+        kernel[(NB * H * ND,)](
+            *inputs, g_tiles, prepared.carry, erase_tiles, *kept, *results[:3], derase_tiles, results[3], cu, T, B * T, call.N,
+            *strides, _stride(g), _stride(erase), scale, call.floor, H, *sharing(q, k, p, g, erase), K, V, ND,
+            GATE=gate, DESC=desc, STORE=store, DT=call.triton_dtype(tl), **own, **shared,
         )  # fmt: skip
     else:
         gradients_scalar[(NB * H * ND,)](
             *inputs, prepared.factors, prepared.carry, erase, *kept, *results, derase, dg, cu, T, B * T, call.N, NB, *strides,
-            _stride(erase), scale, *heads_of, _heads(erase), K, V, ND, DECAY=g is not None, DESC=desc,
+            _stride(erase), scale, H, *sharing(q, k, p, erase), K, V, ND, DECAY=g is not None, DESC=desc,
             STORE=store, **shared,
         )  # fmt: skip
     values = y[None]
     if write is not None:
         values = new(1, B, T, H, V, dtype=dtype if v.shape[2] == H else torch.float32)
         value_gradients[(triton.cdiv(B * T, 32) * H,)](
-            v, y, prepared.factors, values, dwrite, B * T, _stride(v), H, _heads(v), V, triton.cdiv(V, 128), ROWS=32,
-            BV=_width(V, 128), num_warps=4,
+            v, y, write, prepared.factors, values, dwrite, B * T, _stride(v), _stride(write), H, *sharing(v, write), V,
+            triton.cdiv(V, 128), CHANNELS=_gate_kind(write) == 2, ROWS=32, BV=_width(V, 128), num_warps=4,
         )  # fmt: skip
-    gates = lambda a: None if a is None else a.sum(0).view(H, B, T).permute(1, 2, 0)[None, ..., None]  # [1, B, T, H, 1]
+    gates = lambda a: a if a is None or a.ndim == 5 else a.sum(0).view(H, B, T).permute(1, 2, 0)[None, ..., None]  # [1, B, T, H, 1]
     if not vector:
         dg = gates(dg)
     results = (dq, dk, dp, values, gates(derase), gates(dwrite), dg if gate else None)

@@ -148,3 +148,12 @@ def load_sums(p, h, row, r, ok, BT, C: tl.constexpr, DESC: tl.constexpr):
     else:
         x = tl.load(p + h.to(tl.int64) * BT + row + r, mask=ok, other=0.0)
     return x
+
+
+@triton.jit
+def shifted_exp2(x, n):
+    """2^(x + n) for integers n, |x + n| <= 126: mantissa and exponent are formed apart, so n changes no bit of the mantissa."""
+    magic: tl.constexpr = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, which is then in the lowest bits
+    t = x + magic
+    bits = tl.exp2(x - (t - magic)).to(tl.int32, bitcast=True)
+    return (bits + (t.to(tl.int32, bitcast=True) << 23) + (n.to(tl.int32) << 23)).to(tl.float32, bitcast=True)

@@ -25,21 +25,23 @@ RESET = tl.constexpr(-160.0)  # 2^-160 is zero in fp32: below it a decay is a re
 
 @triton.jit
 def unit_lower_inverse(L, C: tl.constexpr, DT: tl.constexpr, IP: tl.constexpr):
-    """(I + L)^-1 of a strictly lower L [C, C] in fp32 by doubling: X <- X - X L_b X, L_b the blocks of b rows below the diagonal.
+    """(I + L)^-1 of the part of L [C, C] below the diagonal, in fp32, by doubling: X <- X - X L_b X, L_b the blocks of b rows.
 
-    Products of inverses of diagonal blocks, never powers of L: stable for correlated keys.
+    Products of inverses of diagonal blocks, never powers of L: stable for correlated keys. X L_b are the blocks of X L, X being
+    block diagonal: L is an operand as it is, and nothing but X has to be written anew for the products of a level.
     """
     r = tl.arange(0, C)
     i = r[:, None]
     j = r[None, :]
-    X = tl.where(i == j, 1.0, 0.0) - tl.where(i // 2 == j // 2, L, 0.0)
+    X = tl.where(i == j, 1.0, tl.where((i // 2 == j // 2) & (i > j), -L, 0.0))
+    M = (-L).to(DT)
     for level in tl.static_range(1, 6):
         b = 1 << level
         if b < C:
-            corner = tl.where((i // (2 * b) == j // (2 * b)) & (i // b != j // b), L, 0.0).to(DT)
+            odd = tl.where((r >> level) % 2 == 1, r >> level, -1)  # so that one comparison per element chooses the blocks
             Xh = X.to(DT)
-            Y = tl.dot(Xh, corner, input_precision=IP)
-            X -= tl.dot(Y.to(DT), Xh, input_precision=IP)
+            Y = tl.where(odd[:, None] == ((r >> level) + 1)[None, :], tl.dot(Xh, M, input_precision=IP), 0.0)
+            X = tl.dot(Y.to(DT), Xh, X, input_precision=IP)
     return X
 
 
@@ -54,68 +56,102 @@ def gate_column(p, rows, stride, h, ok, HAS: tl.constexpr):
 
 
 @triton.jit
+def keep_square(p, x, index, C: tl.constexpr, DESC: tl.constexpr):
+    """Write matrix number `index` of [*, C, C]."""
+    if DESC:
+        p.store([index * C, 0], x.to(p.dtype))
+    else:
+        r = tl.arange(0, C)
+        tl.store(p + index.to(tl.int64) * (C * C) + r[:, None] * C + r[None, :], x.to(p.dtype.element_ty))
+
+
+@triton.jit
+def prepare_chunk_scalar(
+    q, k, p, g, erase, write, inverse, pairs, factors, carry, chunk, h, row, left,
+    BT, NB, stride_q, stride_k, stride_p, stride_g, stride_e, stride_w, scale, H, Rq, Rk, Rp, Rg, Re, Rw, K, ND,
+    BD: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, ERASE: tl.constexpr, WRITE: tl.constexpr, SAME: tl.constexpr,
+    EXCL: tl.constexpr, BEFORE: tl.constexpr, DESC: tl.constexpr, ROWS: tl.constexpr, COL: tl.constexpr, INV: tl.constexpr,
+    IP: tl.constexpr,
+):  # fmt: skip
+    """One chunk of `prepare_scalar`, its tokens being the rows [row, row + left)."""
+    r = tl.arange(0, C)
+    i = r[:, None]
+    j = r[None, :]
+    ok = r < left
+    rows = (row + r).to(tl.int64)
+    d = tl.arange(0, BD)
+    A = tl.zeros([C, C], tl.float32)
+    L = tl.zeros([C, C], tl.float32)
+    for block in range(0, ND):
+        cd = block * BD
+        pb = load_tile(p, row, ok, stride_p, (h // Rp) * K + cd, K - cd, d, DESC, ROWS, COL)
+        qb = load_tile(q, row, ok, stride_q, (h // Rq) * K + cd, K - cd, d, DESC, ROWS, COL)
+        if SAME:
+            kb = pb
+        else:
+            kb = load_tile(k, row, ok, stride_k, (h // Rk) * K + cd, K - cd, d, DESC, ROWS, COL)
+        A = tl.dot(qb, tl.trans(pb), A, input_precision=IP)
+        L = tl.dot(kb, tl.trans(pb), L, input_precision=IP)
+    be = gate_column(erase, rows, stride_e, h // Re, ok, ERASE)
+    fq = tl.where(ok, scale, 0.0)
+    fe = be
+    lower = (i > j) if EXCL else (i >= j)
+    if DECAY:
+        gv = tl.maximum(tl.load(g + rows * stride_g + h // Rg, mask=ok, other=0.0).to(tl.float32) * LOG2E, RESET)
+        G = tl.cumsum(gv, 0)
+        GC = tl.sum(gv, 0)
+        Gq = G - gv if EXCL else G
+        Ge = G - gv if BEFORE else G
+        A = A * tl.exp2(tl.where(lower, (Gq[:, None] - G[None, :]), float("-inf"))) * scale
+        L = L * tl.exp2(tl.where(i > j if EXCL or BEFORE else lower, (Ge[:, None] - G[None, :]), float("-inf")))
+        fq = fq * tl.exp2(Gq)
+        fe = fe * tl.exp2(Ge)
+        fp = tl.where(ok, tl.exp2(GC - G), 1.0)
+        tl.store(factors + (2 * H + h).to(tl.int64) * BT + rows, fp, mask=ok)
+        tl.store(factors + (4 * H + h).to(tl.int64) * BT + rows, G, mask=ok)
+        tl.store(carry + h.to(tl.int64) * NB + chunk, tl.exp2(GC))
+    else:
+        A = tl.where(lower, A * scale, 0.0)
+    index = chunk * H + h
+    keep_square(pairs, A, index, C, DESC)
+    X = unit_lower_inverse(L * be[:, None], C, INV, IP)
+    keep_square(inverse, tl.where(i > j, X, 0.0), index, C, DESC)
+    tl.store(factors + h.to(tl.int64) * BT + rows, fq, mask=ok)
+    tl.store(factors + (H + h).to(tl.int64) * BT + rows, fe, mask=ok)
+    if WRITE:
+        tl.store(factors + (3 * H + h).to(tl.int64) * BT + rows, gate_column(write, rows, stride_w, h // Rw, ok, True), mask=ok)
+
+
+@triton.jit
 def prepare_scalar(
     q, k, p, g, erase, write, inverse, pairs, factors, carry, cu,
-    T, BT, N, NB, stride_q, stride_k, stride_p, stride_g, stride_e, stride_w, scale, H, Hq, Hk, Hp, Hg, He, Hw, K, ND,
-    BD: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, ERASE: tl.constexpr, WRITE: tl.constexpr, SAME: tl.constexpr,
-    EXCL: tl.constexpr, BEFORE: tl.constexpr, ROWS: tl.constexpr, COL: tl.constexpr, PACKED: tl.constexpr, INV: tl.constexpr,
-    IP: tl.constexpr,
+    T, BT, N, NB, stride_q, stride_k, stride_p, stride_g, stride_e, stride_w, scale, H, Rq, Rk, Rp, Rg, Re, Rw, K, ND,
+    BD: tl.constexpr, C: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr, DECAY: tl.constexpr, ERASE: tl.constexpr,
+    WRITE: tl.constexpr, SAME: tl.constexpr, EXCL: tl.constexpr, BEFORE: tl.constexpr, DESC: tl.constexpr, ROWS: tl.constexpr,
+    COL: tl.constexpr, PACKED: tl.constexpr, INV: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """T - I and A [NB, H, C, C]; factors [5, H, BT]: of q, of e, of p, of u, and G; carry [H, NB], the decay over a chunk.
 
-    SAME: k is p. EXCL: q reads before the step. BEFORE: e reads before the decay.
+    SAME: k is p. EXCL: q reads before the step. BEFORE: e reads before the decay. R*: heads that share one of an operand. A
+    program prepares RUN chunks of one head, the operands of the next one being loaded meanwhile.
     """
     h = tl.program_id(0) % H
-    chunk = tl.program_id(0) // H
-    first, length, begin = block_range(cu, chunk, T, N, C, PACKED)
-    if begin < length:
-        row = first + begin
-        r = tl.arange(0, C)
-        i = r[:, None]
-        j = r[None, :]
-        ok = begin + r < length
-        rows = (row + r).to(tl.int64)
-        d = tl.arange(0, BD)
-        A = tl.zeros([C, C], tl.float32)
-        L = tl.zeros([C, C], tl.float32)
-        for block in range(0, ND):
-            cd = block * BD
-            pb = load_tile(p, row, ok, stride_p, (h // (H // Hp)) * K + cd, K - cd, d, False, ROWS, COL)
-            qb = load_tile(q, row, ok, stride_q, (h // (H // Hq)) * K + cd, K - cd, d, False, ROWS, COL)
-            if SAME:
-                kb = pb
-            else:
-                kb = load_tile(k, row, ok, stride_k, (h // (H // Hk)) * K + cd, K - cd, d, False, ROWS, COL)
-            A = tl.dot(qb, tl.trans(pb), A, input_precision=IP)
-            L = tl.dot(kb, tl.trans(pb), L, input_precision=IP)
-        be = gate_column(erase, rows, stride_e, h // (H // He), ok, ERASE)
-        bw = gate_column(write, rows, stride_w, h // (H // Hw), ok, WRITE)
-        fq = tl.where(ok, scale, 0.0)
-        fe = be
-        fp = tl.where(ok, 1.0, 0.0)
-        if DECAY:
-            gv = tl.maximum(tl.load(g + rows * stride_g + h // (H // Hg), mask=ok, other=0.0).to(tl.float32) * LOG2E, RESET)
-            G = tl.cumsum(gv, 0)
-            GC = tl.sum(gv, 0)
-            Gq = G - gv if EXCL else G
-            Ge = G - gv if BEFORE else G
-            A = A * tl.exp2(tl.minimum(Gq[:, None] - G[None, :], 0.0))
-            L = L * tl.exp2(tl.minimum(Ge[:, None] - G[None, :], 0.0))
-            fq = fq * tl.exp2(Gq)
-            fe = fe * tl.exp2(Ge)
-            fp = fp * tl.exp2(tl.minimum(GC - G, 0.0))
-            tl.store(factors + (4 * H + h).to(tl.int64) * BT + rows, G, mask=ok)
-            tl.store(carry + h.to(tl.int64) * NB + chunk, tl.exp2(GC))
-        A = tl.where((i > j) if EXCL else (i >= j), A * scale, 0.0)
-        L = tl.where(i > j, L * be[:, None], 0.0)
-        at = (chunk.to(tl.int64) * H + h) * (C * C) + i * C + j
-        tl.store(pairs + at, A.to(pairs.dtype.element_ty))
-        X = unit_lower_inverse(L, C, INV, IP)
-        tl.store(inverse + at, tl.where(i > j, X, 0.0).to(inverse.dtype.element_ty))
-        tl.store(factors + h.to(tl.int64) * BT + rows, fq, mask=ok)
-        tl.store(factors + (H + h).to(tl.int64) * BT + rows, fe, mask=ok)
-        tl.store(factors + (2 * H + h).to(tl.int64) * BT + rows, fp, mask=ok)
-        tl.store(factors + (3 * H + h).to(tl.int64) * BT + rows, bw, mask=ok)
+    for n in tl.range(0, RUN, num_stages=STAGES):
+        chunk = tl.program_id(0) // H * RUN + n
+        first, length, begin = block_range(cu, chunk, T, N, C, PACKED)
+        if PACKED:
+            if begin < length:
+                prepare_chunk_scalar(
+                    q, k, p, g, erase, write, inverse, pairs, factors, carry, chunk, h, first + begin, length - begin,
+                    BT, NB, stride_q, stride_k, stride_p, stride_g, stride_e, stride_w, scale, H, Rq, Rk, Rp, Rg, Re, Rw, K, ND,
+                    BD, C, DECAY, ERASE, WRITE, SAME, EXCL, BEFORE, DESC, ROWS, COL, INV, IP,
+                )  # fmt: skip
+        else:
+            prepare_chunk_scalar(
+                q, k, p, g, erase, write, inverse, pairs, factors, carry, chunk, h, first + begin, length - begin,
+                BT, NB, stride_q, stride_k, stride_p, stride_g, stride_e, stride_w, scale, H, Rq, Rk, Rp, Rg, Re, Rw, K, ND,
+                BD, C, DECAY, ERASE, WRITE, SAME, EXCL, BEFORE, DESC, ROWS, COL, INV, IP,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -146,14 +182,17 @@ def row_factor(factors, which, h, H, BT, row, r, ok):
 
 @triton.jit
 def forward_sweep(
-    q, e, p, u, inverse, pairs, factors, carry, o, x, states, S_in, S_out, cu,
-    T, BT, NB, stride_q, stride_e, stride_p, stride_u, H, Hq, He, Hp, Hu, H_in, H_out, K, V, NV, NS,
+    q, e, p, u, write, inverse, pairs, factors, carry, o, x, states, S_in, S_out, cu,
+    T, BT, NB, stride_q, stride_e, stride_p, stride_u, stride_w, H, Hq, He, Hp, Hu, Hw, H_in, H_out, K, V, NV, NS,
     BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr, VECTOR: tl.constexpr, DECAY: tl.constexpr,
     SAME: tl.constexpr, WRITE: tl.constexpr, VALUES: tl.constexpr, OUT: tl.constexpr, SAVE_X: tl.constexpr,
     SAVE_S: tl.constexpr, DESC: tl.constexpr, STORE: tl.constexpr, ROWS: tl.constexpr, COL_D: tl.constexpr,
     COL_V: tl.constexpr, PACKED: tl.constexpr, HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """X, o and the final state. VALUES False: the map of a split from its start to its end, u = 0 from the identity."""
+    """X, o and the final state. VALUES False: the map of a split from its start to its end, u = 0 from the identity.
+
+    WRITE: 0 no gate, 1 one per token (a row factor), 2 one per value channel, multiplied as the values arrive.
+    """
     pid = tl.program_id(0)
     iv = pid % NV
     h = (pid // NV) % H
@@ -195,7 +234,10 @@ def forward_sweep(
             E = E * row_factor(factors, 1, h, H, BT, row, r, ok)[None, :]
         if VALUES:
             ub = tl.trans(load_tile(u, row, ok, stride_u, (h // (H // Hu)) * V + cv, V - cv, v, DESC, ROWS, COL_V))
-            if WRITE:
+            if WRITE == 2:
+                wb = load_tile(write, row, ok, stride_w, (h // (H // Hw)) * V + cv, V - cv, v, DESC, ROWS, COL_V)
+                E = ub.to(tl.float32) * tl.trans(wb) - E
+            elif WRITE == 1:
                 E = ub * row_factor(factors, 3, h, H, BT, row, r, ok)[None, :] - E
             else:
                 E = ub.to(tl.float32) - E
@@ -311,23 +353,31 @@ def state_tile(p, index, cv, cd, v, d, V, K, DESC: tl.constexpr, COL: tl.constex
 
 @triton.jit
 def value_gradients(
-    u, y, factors, du, dwrite, BT, stride_u, H, Hu, V, NV, ROWS: tl.constexpr, BV: tl.constexpr,
+    u, y, write, factors, du, dwrite, BT, stride_u, stride_w, H, Ru, Rw, V, NV, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
+    BV: tl.constexpr,
 ):  # fmt: skip
-    """du = write * y [BT, H, V] and dwrite = <u, y> [H, BT]; a program per ROWS tokens of one head."""
+    """du = write * y [BT, H, V]; dwrite = <u, y> [H, BT], CHANNELS: u * y [BT, H, V]. A program per ROWS tokens of one head."""
     h = tl.program_id(0) % H
     t = (tl.program_id(0) // H).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     v = tl.arange(0, BV)
     ok = t < BT
-    gate = tl.load(factors + (3 * H + h).to(tl.int64) * BT + t, mask=ok, other=0.0)
+    if not CHANNELS:
+        gate = tl.load(factors + (3 * H + h).to(tl.int64) * BT + t, mask=ok, other=0.0)[:, None]
     dw = tl.zeros([ROWS], tl.float32)
     for block in range(0, NV):
         c = block * BV + v
         mask = ok[:, None] & (c < V)[None, :]
         yb = tl.load(y + t[:, None] * (H * V) + h * V + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        ub = tl.load(u + t[:, None] * stride_u + h // (H // Hu) * V + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        tl.store(du + t[:, None] * (H * V) + h * V + c[None, :], (yb * gate[:, None]).to(du.dtype.element_ty), mask=mask)
-        dw += tl.sum(ub * yb, 1)
-    tl.store(dwrite + h.to(tl.int64) * BT + t, dw, mask=ok)
+        ub = tl.load(u + t[:, None] * stride_u + h // Ru * V + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        at = t[:, None] * (H * V) + h * V + c[None, :]
+        if CHANNELS:
+            gate = tl.load(write + t[:, None] * stride_w + h // Rw * V + c[None, :], mask=mask, other=0.0).to(tl.float32)
+            tl.store(dwrite + at, (ub * yb).to(dwrite.dtype.element_ty), mask=mask)
+        else:
+            dw += tl.sum(ub * yb, 1)
+        tl.store(du + at, (yb * gate).to(du.dtype.element_ty), mask=mask)
+    if not CHANNELS:
+        tl.store(dwrite + h.to(tl.int64) * BT + t, dw, mask=ok)
 
 
 @triton.jit
@@ -340,8 +390,8 @@ def chunk_rows(cu, chunk, T, N, C: tl.constexpr, PACKED: tl.constexpr):
 @triton.jit
 def gradients_scalar(
     q, k, p, x, y, do, factors, carry, erase, S, R, dq, dk, dp, derase, dg, cu,
-    T, BT, N, NB, stride_q, stride_k, stride_p, stride_o, stride_e, scale, H, Hq, Hk, Hp, He, K, V, ND,
-    BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, ERASE: tl.constexpr,
+    T, BT, N, NB, stride_q, stride_k, stride_p, stride_o, stride_e, scale, H, Rq, Rk, Rp, Re, K, V, ND,
+    BD: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, ERASE: tl.constexpr,
     SAME: tl.constexpr, EXCL: tl.constexpr, BEFORE: tl.constexpr, DESC: tl.constexpr, STORE: tl.constexpr, ROWS: tl.constexpr,
     COL_D: tl.constexpr, COL_V: tl.constexpr, PACKED: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
@@ -369,24 +419,33 @@ def gradients_scalar(
         OT: tl.constexpr = dq.dtype if STORE else dq.dtype.element_ty
         wide = H * K
         column = h * K + cd
-        be = gate_column(erase, row64 + r, stride_e, h // (H // He), ok, ERASE)
+        be = gate_column(erase, row64 + r, stride_e, h // Re, ok, ERASE)
         if DECAY:
             G = row_factor(factors, 4, h, H, BT, row, r, ok)
             before = tl.load(factors + (4 * H + h).to(tl.int64) * BT + row + r - 1, mask=(r > 0) & ok, other=0.0)
             Gq = before if EXCL else G
             Ge = before if BEFORE else G
+            lower = (i > j) & ok[:, None] if ROWS else i > j  # a missing row has no sum: its difference could be any number
         xb = load_tile(x, row, ok, H * V, h * V, V, v, DESC, ROWS, COL_V)
         ob = load_tile(do, row, ok, stride_o, h * V, V, v, DESC, ROWS, COL_V)
+        Sb = state_tile(S, index, 0, cd, v, d, V, K, DESC, COL_D or COL_V)
         dA = tl.dot(ob, tl.trans(xb), input_precision=IP)
+        gq = tl.dot(ob, Sb, input_precision=IP)
+        for n in tl.static_range(1, NV):
+            cv = n * BV
+            x2 = load_tile(x, row, ok, H * V, h * V + cv, V - cv, v, DESC, ROWS, COL_V)
+            o2 = load_tile(do, row, ok, stride_o, h * V + cv, V - cv, v, DESC, ROWS, COL_V)
+            dA = tl.dot(o2, tl.trans(x2), dA, input_precision=IP)
+            gq = tl.dot(o2, state_tile(S, index, cv, cd, v, d, V, K, DESC, COL_D or COL_V), gq, input_precision=IP)
         own = tl.sum(tl.where(i == j, dA, 0.0), 1) * scale
         if DECAY:
-            dA = dA * tl.exp2(tl.minimum(Gq[:, None] - G[None, :], 0.0))
-        dA = tl.where(i > j, dA * scale, 0.0).to(DT)
-        Sb = state_tile(S, index, 0, cd, v, d, V, K, DESC, COL_D or COL_V)
-        gq = tl.dot(ob, Sb, input_precision=IP) * row_factor(factors, 0, h, H, BT, row, r, ok)[:, None]
-        pb = load_tile(p, row, ok, stride_p, (h // (H // Hp)) * K + cd, K - cd, d, DESC, ROWS, COL_D)
+            dA = (dA * tl.exp2(tl.where(lower, Gq[:, None] - G[None, :], float("-inf"))) * scale).to(DT)
+        else:
+            dA = tl.where(i > j, dA * scale, 0.0).to(DT)
+        gq = gq * row_factor(factors, 0, h, H, BT, row, r, ok)[:, None]
+        pb = load_tile(p, row, ok, stride_p, (h // Rp) * K + cd, K - cd, d, DESC, ROWS, COL_D)
         gq = tl.dot(dA, pb, gq, input_precision=IP)
-        qb = load_tile(q, row, ok, stride_q, (h // (H // Hq)) * K + cd, K - cd, d, DESC, ROWS, COL_D)
+        qb = load_tile(q, row, ok, stride_q, (h // Rq) * K + cd, K - cd, d, DESC, ROWS, COL_D)
         if DECAY:
             reads = tl.sum(gq * qb, 1)
         if not EXCL:
@@ -394,16 +453,24 @@ def gradients_scalar(
         store_tile(dq, gq.to(OT), row, row64, ok, wide, column, K - cd, d, STORE, ROWS, COL_D)
         yb = load_tile(y, row, ok, H * V, h * V, V, v, DESC, ROWS, COL_V)
         dL = tl.dot(yb, tl.trans(xb), input_precision=IP)
-        ge = -tl.dot(yb, Sb, input_precision=IP)
+        ge = tl.dot(yb, Sb, input_precision=IP)
+        for n in tl.static_range(1, NV):
+            cv = n * BV
+            x2 = load_tile(x, row, ok, H * V, h * V + cv, V - cv, v, DESC, ROWS, COL_V)
+            y2 = load_tile(y, row, ok, H * V, h * V + cv, V - cv, v, DESC, ROWS, COL_V)
+            dL = tl.dot(y2, tl.trans(x2), dL, input_precision=IP)
+            ge = tl.dot(y2, state_tile(S, index, cv, cd, v, d, V, K, DESC, COL_D or COL_V), ge, input_precision=IP)
         if DECAY:
-            dL = dL * tl.exp2(tl.minimum(Ge[:, None] - G[None, :], 0.0))
-            ge = ge * tl.where(ok, tl.exp2(Ge), 0.0)[:, None]
-        dL = tl.where(i > j, -dL, 0.0).to(DT)
+            dL = (-dL * tl.exp2(tl.where(lower, Ge[:, None] - G[None, :], float("-inf")))).to(DT)
+            ge = ge * tl.where(ok, -tl.exp2(Ge), 0.0)[:, None]
+        else:
+            dL = tl.where(i > j, -dL, 0.0).to(DT)
+            ge = -ge
         ge = tl.dot(dL, pb, ge, input_precision=IP)
         if SAME:
             kb = pb
         else:
-            kb = load_tile(k, row, ok, stride_k, (h // (H // Hk)) * K + cd, K - cd, d, DESC, ROWS, COL_D)
+            kb = load_tile(k, row, ok, stride_k, (h // Rk) * K + cd, K - cd, d, DESC, ROWS, COL_D)
         if ERASE or DECAY:
             erases = tl.sum(ge * kb, 1)
         if ERASE:
@@ -423,9 +490,18 @@ def gradients_scalar(
         Rb = state_tile(R, index, 0, cd, v, d, V, K, DESC, COL_D or COL_V)
         out = tl.dot(xb, Rb, input_precision=IP)
         if DECAY:
+            passing = tl.dot(tl.trans(Sb), Rb, input_precision=IP)  # its diagonal: cheaper in registers than the tiles themselves
+        for n in tl.static_range(1, NV):
+            cv = n * BV
+            x2 = load_tile(x, row, ok, H * V, h * V + cv, V - cv, v, DESC, ROWS, COL_V)
+            R2 = state_tile(R, index, cv, cd, v, d, V, K, DESC, COL_D or COL_V)
+            out = tl.dot(x2, R2, out, input_precision=IP)
+            if DECAY:
+                S2 = state_tile(S, index, cv, cd, v, d, V, K, DESC, COL_D or COL_V)
+                passing = tl.dot(tl.trans(S2), R2, passing, input_precision=IP)
+        if DECAY:
             out = out * row_factor(factors, 2, h, H, BT, row, r, ok)[:, None]
             writes = tl.sum(out * pb, 1)
-            passing = tl.dot(tl.trans(Sb), Rb, input_precision=IP)  # its diagonal: cheaper in registers than the tiles themselves
             passing = tl.sum(tl.sum(tl.where(d[:, None] == d[None, :], passing, 0.0), 1), 0)
             later = tl.zeros([C], tl.float32)
             if EXCL:

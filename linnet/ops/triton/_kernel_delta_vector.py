@@ -96,13 +96,16 @@ def halving_matrix(C: tl.constexpr, level, EXCL: tl.constexpr):
 @triton.jit
 def prepare_vector(
     q, k, p, g, erase, write, inverse, pairs, q_decayed, e_decayed, p_decayed, factors, carry, cu,
-    T, BT, N, stride_q, stride_k, stride_p, stride_g, stride_e, stride_w, scale, floor, H, Hq, Hk, Hp, Hg, He, Hw, K, ND,
+    T, BT, N, stride_q, stride_k, stride_p, stride_g, stride_e, stride_w, scale, floor, H, Rq, Rk, Rp, Rg, Re, Rw, K, ND,
     BD: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, FRAME: tl.constexpr, ERASE: tl.constexpr, WRITE: tl.constexpr,
     SAME: tl.constexpr,
     EXCL: tl.constexpr, BEFORE: tl.constexpr, ROWS: tl.constexpr, COL: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr,
     DT: tl.constexpr, INV: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """T - I and A [NB, H, C, C], the decayed operands [BT, H, K], carry [NB, H, K]; factors[3] are the write gates."""
+    """T - I and A [NB, H, C, C], the decayed operands [BT, H, K], carry [NB, H, K]; factors[3] are the write gates.
+
+    ERASE: 0 no gate, 1 one per token, 2 one per key channel.
+    """
     h = tl.program_id(0) % H
     chunk = tl.program_id(0) // H
     first, length, begin = block_range(cu, chunk, T, N, C, PACKED)
@@ -116,16 +119,18 @@ def prepare_vector(
         d = tl.arange(0, BD)
         A = tl.zeros([C, C], tl.float32)
         L = tl.zeros([C, C], tl.float32)
-        be = gate_column(erase, rows, stride_e, h // (H // He), ok, ERASE)
+        be = gate_column(erase, rows, stride_e, h // Re, ok, ERASE == 1)
         for block in range(0, ND):
             cd = block * BD
-            pb = load_tile(p, row, ok, stride_p, (h // (H // Hp)) * K + cd, K - cd, d, False, ROWS, COL)
-            qb = load_tile(q, row, ok, stride_q, (h // (H // Hq)) * K + cd, K - cd, d, False, ROWS, COL)
+            pb = load_tile(p, row, ok, stride_p, (h // Rp) * K + cd, K - cd, d, False, ROWS, COL)
+            qb = load_tile(q, row, ok, stride_q, (h // Rq) * K + cd, K - cd, d, False, ROWS, COL)
             if SAME:
                 kb = pb
             else:
-                kb = load_tile(k, row, ok, stride_k, (h // (H // Hk)) * K + cd, K - cd, d, False, ROWS, COL)
-            gb = load_tile(g, row, ok, stride_g, (h // (H // Hg)) * K + cd, K - cd, d, False, ROWS, COL)
+                kb = load_tile(k, row, ok, stride_k, (h // Rk) * K + cd, K - cd, d, False, ROWS, COL)
+            if ERASE == 2:
+                kb = kb.to(tl.float32) * load_tile(erase, row, ok, stride_e, (h // Re) * K + cd, K - cd, d, False, ROWS, COL)
+            gb = load_tile(g, row, ok, stride_g, (h // Rg) * K + cd, K - cd, d, False, ROWS, COL)
             gb = tl.maximum(gb.to(tl.float32), floor)
             high = gb.to(DT)
             low = (gb - high.to(tl.float32)).to(DT)
@@ -178,7 +183,7 @@ def prepare_vector(
         X = unit_lower_inverse(L, C, INV, IP)
         tl.store(inverse + at, tl.where(i > j, X, 0.0).to(inverse.dtype.element_ty))
         if WRITE:
-            bw = gate_column(write, rows, stride_w, h // (H // Hw), ok, WRITE)
+            bw = gate_column(write, rows, stride_w, h // Rw, ok, WRITE)
             tl.store(factors + (3 * H + h).to(tl.int64) * BT + rows, bw, mask=ok)
 
 
@@ -258,13 +263,14 @@ def over_time(x, m, DT: tl.constexpr, SPLIT: tl.constexpr, IP: tl.constexpr):
 @triton.jit
 def gradients_vector(
     q, k, p, x, y, do, g, carry, erase, S, R, dq, dk, dp, derase, dg, cu,
-    T, BT, N, stride_q, stride_k, stride_p, stride_o, stride_g, stride_e, scale, floor, H, Hq, Hk, Hp, Hg, He, K, V, ND,
-    BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, FRAME: tl.constexpr,
+    T, BT, N, stride_q, stride_k, stride_p, stride_o, stride_g, stride_e, scale, floor, H, Rq, Rk, Rp, Rg, Re, K, V, ND,
+    BD: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, FRAME: tl.constexpr,
     ERASE: tl.constexpr, SAME: tl.constexpr, EXCL: tl.constexpr, BEFORE: tl.constexpr, GATE: tl.constexpr,
     DESC: tl.constexpr, STORE: tl.constexpr, ROWS: tl.constexpr, COL_D: tl.constexpr, COL_V: tl.constexpr, PACKED: tl.constexpr,
     SPLIT: tl.constexpr, DT: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """Gradients inside one chunk, for one tile of key channels. Outputs [BT, H, *]; derase is a part of a sum over the tiles.
+    """Gradients inside one chunk, for one tile of key channels. Outputs [BT, H, *]; derase [BT, H, K] for a gate per key
+    channel (ERASE 2), a part of a sum over the tiles for one per token (ERASE 1).
 
     Everything is transposed, [BD, C]: scaled operands are register operands, and the pair matrices are formed in both orders, so
     that no transposed accumulator becomes an operand. One of q, e, p at a time.
@@ -288,8 +294,8 @@ def gradients_vector(
         wide = H * K
         column = h * K + cd
         LOWEST: tl.constexpr = 3 if FRAME else 0
-        be = gate_column(erase, row64 + r, stride_e, h // (H // He), ok, ERASE)
-        gt = tl.trans(load_tile(g, row, ok, stride_g, (h // (H // Hg)) * K + cd, K - cd, d, DESC, ROWS, COL_D))
+        be = gate_column(erase, row64 + r, stride_e, h // Re, ok, ERASE == 1)
+        gt = tl.trans(load_tile(g, row, ok, stride_g, (h // Rg) * K + cd, K - cd, d, DESC, ROWS, COL_D))
         gt = tl.maximum(gt.to(tl.float32), floor)
         high = gt.to(DT)
         low = (gt - high.to(tl.float32)).to(DT)
@@ -298,7 +304,7 @@ def gradients_vector(
         else:
             E = tl.zeros_like(gt)
         E_strict = E - gt * LOG2E
-        pt = tl.trans(load_tile(p, row, ok, stride_p, (h // (H // Hp)) * K + cd, K - cd, d, DESC, ROWS, COL_D))
+        pt = tl.trans(load_tile(p, row, ok, stride_p, (h // Rp) * K + cd, K - cd, d, DESC, ROWS, COL_D))
         now = tl.zeros([BD, C], tl.float32)
         later = tl.zeros([BD, C], tl.float32)
         # ---- reads: q
@@ -306,11 +312,17 @@ def gradients_vector(
         ob = load_tile(do, row, ok, stride_o, h * V, V, v, DESC, ROWS, COL_V)
         Sb = state_tile(S, index, 0, cd, v, d, V, K, DESC, COL_D or COL_V)
         pair = tl.dot(xb, tl.trans(ob), input_precision=IP)  # [s, t]
+        G = tl.dot(tl.trans(Sb), tl.trans(ob), input_precision=IP)
+        for n in tl.static_range(1, NV):
+            cv = n * BV
+            x2 = load_tile(x, row, ok, H * V, h * V + cv, V - cv, v, DESC, ROWS, COL_V)
+            o2 = tl.trans(load_tile(do, row, ok, stride_o, h * V + cv, V - cv, v, DESC, ROWS, COL_V))
+            pair = tl.dot(x2, o2, pair, input_precision=IP)
+            G = tl.dot(tl.trans(state_tile(S, index, cv, cd, v, d, V, K, DESC, COL_D or COL_V)), o2, G, input_precision=IP)
         own = tl.sum(tl.where(i == j, pair, 0.0), 0) * scale
         pair = (pair * scale).to(DT)
-        G = tl.dot(tl.trans(Sb), tl.trans(ob), input_precision=IP)
         G = G * (tl.exp2(transposed_factor(gt, high, low, 1 if EXCL else 0, 0, C, SPLIT, IP)) * scale)
-        qt = tl.trans(load_tile(q, row, ok, stride_q, (h // (H // Hq)) * K + cd, K - cd, d, DESC, ROWS, COL_D))
+        qt = tl.trans(load_tile(q, row, ok, stride_q, (h // Rq) * K + cd, K - cd, d, DESC, ROWS, COL_D))
         flow = G * qt
         for level in tl.range(LOWEST, LEVELS, num_stages=1):
             reader, writer = level_factors(gt, high, low, E, E_strict, level, C, FRAME, EXCL, SPLIT, IP)
@@ -326,47 +338,80 @@ def gradients_vector(
         store_tile(dq, tl.trans(G.to(OT)), row, row64, ok, wide, column, K - cd, d, STORE, ROWS, COL_D)
         # ---- erasures: e
         yb = load_tile(y, row, ok, H * V, h * V, V, v, DESC, ROWS, COL_V)
-        pair = (-tl.dot(xb, tl.trans(yb), input_precision=IP)).to(DT)
-        G = -tl.dot(tl.trans(Sb), tl.trans(yb), input_precision=IP)
-        G = G * tl.exp2(transposed_factor(gt, high, low, 1 if BEFORE else 0, 0, C, SPLIT, IP))
+        pair = tl.dot(xb, tl.trans(yb), input_precision=IP)
+        G = tl.dot(tl.trans(Sb), tl.trans(yb), input_precision=IP)
+        for n in tl.static_range(1, NV):
+            cv = n * BV
+            x2 = load_tile(x, row, ok, H * V, h * V + cv, V - cv, v, DESC, ROWS, COL_V)
+            y2 = tl.trans(load_tile(y, row, ok, H * V, h * V + cv, V - cv, v, DESC, ROWS, COL_V))
+            pair = tl.dot(x2, y2, pair, input_precision=IP)
+            G = tl.dot(tl.trans(state_tile(S, index, cv, cd, v, d, V, K, DESC, COL_D or COL_V)), y2, G, input_precision=IP)
+        pair = (-pair).to(DT)
+        G = -G * tl.exp2(transposed_factor(gt, high, low, 1 if BEFORE else 0, 0, C, SPLIT, IP))
         if SAME:
             kt = pt
         else:
-            kt = tl.trans(load_tile(k, row, ok, stride_k, (h // (H // Hk)) * K + cd, K - cd, d, DESC, ROWS, COL_D))
-        flow = G * (kt * be[None, :])
+            kt = tl.trans(load_tile(k, row, ok, stride_k, (h // Rk) * K + cd, K - cd, d, DESC, ROWS, COL_D))
+        if ERASE == 2:
+            bt = tl.trans(load_tile(erase, row, ok, stride_e, (h // Re) * K + cd, K - cd, d, DESC, ROWS, COL_D))
+            et = kt.to(tl.float32) * bt
+        else:
+            et = kt
+        flow = G * (et * be[None, :])
         for level in tl.range(LOWEST, LEVELS, num_stages=1):
             reader, writer = level_factors(gt, high, low, E, E_strict, level, C, FRAME, BEFORE, SPLIT, IP)
             pf = (pt * writer).to(DT)
             Y = tl.dot(pf, tl.where(pair_mask(C, level, FRAME, False), pair, tl.zeros_like(pair)), input_precision=IP)
             G += Y * reader
-            flow += Y * (kt * (reader * be[None, :])).to(DT)
+            flow += Y * (et * (reader * be[None, :])).to(DT)
         if BEFORE:
             later += flow
         else:
             now += flow
-        if ERASE:
+        if ERASE == 1:
             tl.store(derase + (id * H + h).to(tl.int64) * BT + row64 + r, tl.sum(G * kt, 0), mask=ok)
         Ge = G * be[None, :]
+        if ERASE == 2:
+            GT: tl.constexpr = derase.dtype if STORE else derase.dtype.element_ty
+            store_tile(derase, tl.trans((G * kt).to(GT)), row, row64, ok, wide, column, K - cd, d, STORE, ROWS, COL_D)
+            Ge = G * bt
         if not SAME:
             store_tile(dk, tl.trans(Ge.to(OT)), row, row64, ok, wide, column, K - cd, d, STORE, ROWS, COL_D)
         # ---- writes: p
         Rb = state_tile(R, index, 0, cd, v, d, V, K, DESC, COL_D or COL_V)
         G = tl.dot(tl.trans(Rb), tl.trans(xb), input_precision=IP)
+        for n in tl.static_range(1, NV):
+            cv = n * BV
+            x2 = tl.trans(load_tile(x, row, ok, H * V, h * V + cv, V - cv, v, DESC, ROWS, COL_V))
+            G = tl.dot(tl.trans(state_tile(R, index, cv, cd, v, d, V, K, DESC, COL_D or COL_V)), x2, G, input_precision=IP)
         G = G * tl.exp2(transposed_factor(gt, high, low, 2, 0, C, SPLIT, IP))
         if GATE:
             wc = tl.load(carry + index.to(tl.int64) * K + cd + d, mask=cd + d < K, other=0.0)
             passing = tl.dot(tl.trans(Rb), Sb, input_precision=IP)
+            for n in tl.static_range(1, NV):
+                R2 = tl.trans(state_tile(R, index, n * BV, cd, v, d, V, K, DESC, COL_D or COL_V))
+                S2 = state_tile(S, index, n * BV, cd, v, d, V, K, DESC, COL_D or COL_V)
+                passing = tl.dot(R2, S2, passing, input_precision=IP)
             passing = tl.sum(tl.where(d[:, None] == d[None, :], passing, 0.0), 1) * wc
             total = over_time(G * pt, i < j, DT, SPLIT, IP) + passing[:, None]
-        pair = (tl.dot(ob, tl.trans(xb), input_precision=IP) * scale).to(DT)  # [t, s]
-        erased = (-tl.dot(yb, tl.trans(xb), input_precision=IP)).to(DT)
+        pair = tl.dot(ob, tl.trans(xb), input_precision=IP)  # [t, s]
+        erased = tl.dot(yb, tl.trans(xb), input_precision=IP)
+        for n in tl.static_range(1, NV):
+            cv = n * BV
+            x2 = tl.trans(load_tile(x, row, ok, H * V, h * V + cv, V - cv, v, DESC, ROWS, COL_V))
+            o2 = load_tile(do, row, ok, stride_o, h * V + cv, V - cv, v, DESC, ROWS, COL_V)
+            pair = tl.dot(o2, x2, pair, input_precision=IP)
+            y2 = load_tile(y, row, ok, H * V, h * V + cv, V - cv, v, DESC, ROWS, COL_V)
+            erased = tl.dot(y2, x2, erased, input_precision=IP)
+        pair = (pair * scale).to(DT)
+        erased = (-erased).to(DT)
         for level in tl.range(LOWEST, LEVELS, num_stages=1):
             m = pair_mask(C, level, FRAME, True)
             reader, writer = level_factors(gt, high, low, E, E_strict, level, C, FRAME, EXCL, SPLIT, IP)
             Y = tl.dot((qt * reader).to(DT), tl.where(m, pair, tl.zeros_like(pair)), input_precision=IP)
             if EXCL != BEFORE:
                 reader, _ = level_factors(gt, high, low, E, E_strict, level, C, FRAME, BEFORE, SPLIT, IP)
-            Y = tl.dot((kt * (reader * be[None, :])).to(DT), tl.where(m, erased, tl.zeros_like(erased)), Y, input_precision=IP)
+            Y = tl.dot((et * (reader * be[None, :])).to(DT), tl.where(m, erased, tl.zeros_like(erased)), Y, input_precision=IP)
             G += Y * writer
             now -= Y * (pt * writer).to(DT)
         if not EXCL:

@@ -6,8 +6,10 @@ Everything is transposed, S is [Z, D], so that the state is the register operand
 Exponents are exact sums of log-decays, products with a 0/1 matrix (16-bit high and low parts): no cumulative sums, no differences,
 and no anchor lies in the future, so a later token changes no earlier result, bit for bit.
 
-FRAME: inside a chunk e^{E_t - E_s} = e^{E_t} e^{-E_s}, anchored at the chunk's start, which needs |sum over a chunk| <= 80: the
-    caller declared log_decay >= -5 (chunks of 16 rows) or >= -2.5 (32 rows).
+FRAME: inside a chunk e^{E_t - E_s} = 2^{E_t - A} 2^{A - E_s} (E in base 2). Chunks of 16 rows: A = 0, the chunk's start, which
+    needs |sum over a chunk| <= 80: the caller declared log_decay >= -5. Chunks of 32 rows (ANCHORED): A is an integer near the
+    sum at the middle, per channel. The middle lies in the future of the first rows, but a power of two only shifts exponents:
+    mantissas are formed apart, and every product has the same bits for every A.
 Not FRAME: any decay. Halving: the pairs (t, s) whose smallest common aligned block has 2h rows decay by e^{sum from the middle to
     t} e^{sum from s to the middle}, both <= 1: one masked product for every h = C/2 ... 1. On the key side these products do not
     depend on the state: `pairs_kernel` forms them for all chunks at once, o and dv read the same [C, C] tiles.
@@ -27,6 +29,7 @@ from linnet.ops.triton._kernel_common import (
     load_tile,
     save_block,
     save_state,
+    shifted_exp2,
     split_range,
     state_at,
     store_tile,
@@ -60,7 +63,7 @@ def vector_role(
     T, BT, stride_x, stride_y, stride_z, stride_g, stride_other, scale, scale_in, scale_out, floor,
     H, Hx, Hy, Hz, Hg, Ho, H_in, H_out, D, Z, in_d, in_z, ND, NZ, NS,
     BD: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr, M: tl.constexpr, STAGES: tl.constexpr,
-    SIDE_KEY: tl.constexpr, FRAME: tl.constexpr, REV: tl.constexpr, EXCL: tl.constexpr, OUT: tl.constexpr,
+    SIDE_KEY: tl.constexpr, FRAME: tl.constexpr, ANCHORED: tl.constexpr, REV: tl.constexpr, EXCL: tl.constexpr, OUT: tl.constexpr,
     DESC: tl.constexpr, ROWS: tl.constexpr,
     COL_D: tl.constexpr, COL_Z: tl.constexpr, PACKED: tl.constexpr, GATE: tl.constexpr, HAS_IN: tl.constexpr, FIRST: tl.constexpr,
     HAS_OUT: tl.constexpr, OUT_DESC: tl.constexpr, BLOCKS: tl.constexpr, BLOCKS_DESC: tl.constexpr,
@@ -126,14 +129,20 @@ def vector_role(
         # ---- factors: fq, fk inside a frame; sq, sk between the chunk's state and its tokens; dec over the chunk
         if FRAME:
             E = sums(high, low, (ri <= ci).to(BF), SPLIT, IP)
-            if EXCL:
-                fq = tl.exp2(sums(high, low, (ri < ci).to(BF), SPLIT, IP))
+            E_read = sums(high, low, (ri < ci).to(BF), SPLIT, IP) if EXCL else E
+            whole_sum = tl.sum(tl.where(ci == C - 1, E, 0.0), 1)[:, None]
+            dec = tl.exp2(whole_sum)
+            if ANCHORED:
+                anchor = tl.ceil(tl.sum(tl.where(ci == C // 2 - 1, E, 0.0), 1))[:, None]
+                fq = shifted_exp2(E_read, -anchor)
+                fk = shifted_exp2(-E, anchor)
+                sq = fq * tl.exp2(anchor)
+                sk = fk * tl.exp2(whole_sum - anchor)
             else:
-                fq = tl.exp2(E)
-            fk = tl.exp2(-E)
-            dec = tl.exp2(tl.sum(tl.where(ci == C - 1, E, 0.0), 1))[:, None]
-            sq = fq
-            sk = fk * dec
+                fq = tl.exp2(E_read)
+                fk = tl.exp2(-E)
+                sq = fq
+                sk = fk * dec
         else:
             sq = tl.exp2(sums(high, low, (ri < ci if EXCL else ri <= ci).to(BF), SPLIT, IP))
             sk = tl.exp2(sums(high, low, (ri > ci).to(BF), SPLIT, IP))

@@ -11,7 +11,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from linnet.ops.triton import _table
 from linnet.ops.triton._kernel_scalar import gate_kernel, join_kernel, scalar_role, sums_kernel
-from linnet.ops.triton._kernel_step import step_kernel
 from linnet.ops.triton._kernel_vector import pairs_kernel, vector_role
 from linnet.ops.triton._plan import Call, rows_of
 
@@ -78,7 +77,7 @@ def _role(
         vector_role[grid](
             *operands, g, pairs, target, other, inter, dg, S_in, S_target, blocks, total, call.cu, *sizes, stride_g,
             *scales, call.floor, *counts,
-            FRAME=call.frame > 0, SIDE_KEY=key_side, GATE=0 if inter is None else 2 if role == "dk" else 1,
+            FRAME=call.frame > 0, ANCHORED=C > call.frame, SIDE_KEY=key_side, GATE=0 if inter is None else 2 if role == "dk" else 1,
             SPLIT=not fp32 and call.g.dtype == torch.float32,
             STORE=store, IP=precision, **shared,
         )  # fmt: skip
@@ -227,23 +226,3 @@ def backward(do, dS, start, q, k, v, g, S0, cu, scale: float, exclusive: bool, h
     if H != heads:
         dS0 = dS0.unflatten(1, (heads, -1)).sum(2)
     return _fold(dq, q.shape[2], q.dtype), _fold(dk, k.shape[2], k.dtype), _fold(dv, v.shape[2], v.dtype), dg if gate else None, dS0
-
-
-def step(q, k, v, g, S0, scale: float, exclusive: bool, heads: int):
-    """One token: o [B, 1, H, V] and the new state, each state read once and written once."""
-    B, _, Hq, K = q.shape
-    V, H = v.shape[3], max(Hq, heads)
-    q, k, v = (rows_of(a) for a in (q, k, v))
-    g = None if g is None else rows_of(g)
-    S0 = None if S0 is None else S0.contiguous()
-    o = torch.empty(B, 1, H, V, dtype=v.dtype, device=v.device)
-    S = torch.empty(B, heads, K, V, dtype=torch.float32, device=v.device)
-    BK = triton.next_power_of_2(K)
-    BV = max(4, min(triton.next_power_of_2(V), 4096 // BK, 64))
-    step_kernel[(triton.cdiv(V, BV), B * heads)](
-        q, k, v, g, S0, S, o, q.stride(0), k.stride(0), v.stride(0), 0 if g is None else g.stride(0), scale,
-        heads, H, Hq, k.shape[2], v.shape[2], 1 if g is None else g.shape[2], K, V,
-        BK=BK, BV=BV, DECAY=g is not None,
-        VECTOR=g is not None and g.shape[3] > 1, EXCL=exclusive, HAS_IN=S0 is not None, num_warps=4,
-    )  # fmt: skip
-    return o, S

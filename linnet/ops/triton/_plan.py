@@ -13,7 +13,7 @@ from torch import Tensor
 from linnet.ops.triton import _table
 
 SHORT = 1024  # tokens up to which a state is kept for every chunk: cheap there, and the most accurate
-WIDEST = 128  # key and value channels per head up to which the tiles of the delta rule were checked
+WIDEST = 256  # key and value channels per head that the delta rule holds: a state tile of 512 key channels fills the registers
 SAFE_EXPONENT = 80.0  # e^80 and e^-80 are in the range of fp32 and bf16
 
 
@@ -117,9 +117,19 @@ class DeltaCall:
         self.chunks = self.T // self.C + self.N if cu is not None else self.N * -(-self.T // self.C)
         self.ragged = cu is not None or self.T % self.C != 0
 
+    @property
+    def framed(self) -> bool:
+        """Whether the kernels for a declared bound run: 16-bit operands, one tile of keys and values."""
+        return self.frame > 0 and self.dtype != torch.float32 and max(self.K, self.V) <= 128
+
+    @property
+    def levels(self) -> dict:
+        """Options of the kernels for any decay."""
+        return dict(LEVELS=self.C.bit_length() - 1, FRAME=self.frame > 0, SPLIT=self.dtype != torch.float32)
+
     def tile(self, part: str) -> _table.DeltaTile:
-        kind = "vector" if self.kind == "vector" else "scalar"
-        return _table.delta_tile(self.architecture, kind, part, self.dtype.itemsize)
+        kind = "scalar" if self.kind != "vector" else "vector" if self.framed else "exact"
+        return _table.delta_tile(self.architecture, kind, part, self.dtype.itemsize, max(self.K, self.V))
 
     def triton_dtype(self, language):
         return language.float32 if self.dtype == torch.float32 else language.bfloat16
@@ -129,3 +139,19 @@ class DeltaCall:
         t = self.tile("forward")
         programs = self.N * self.H * -(-self.V // t.BV) * (t.warps // 4)  # as many as of four warps
         return _table.splits(programs, self.T, 2 * self.C, self.processors)
+
+
+class DplrCall(DeltaCall):
+    """What the kernels of one call of DPLR share; p and v are its k and v."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, cu: Tensor | None, scale: float, heads: int, bound: float | None
+    ):
+        super().__init__(q, None, k, v, g, cu, scale, True, False, heads, bound)
+        # the longest frame over which the declared bound keeps e^{-sum} in range; one token: halving, for any decay
+        reach = 0 if g is None or bound is None else self.C if bound == 0 else SAFE_EXPONENT / -bound
+        self.frame = max((n for n in (16, 32, 64) if n <= min(self.C, reach)), default=1)
+        self.floor = -SAFE_EXPONENT / self.frame if self.frame > 1 else -200.0
+
+    def tile(self, part: str) -> _table.DeltaTile:
+        return _table.dplr_tile(self.architecture, part, self.dtype.itemsize)

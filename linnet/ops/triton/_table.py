@@ -1,7 +1,7 @@
 """Launch configurations of the linear-attention kernels, chosen by measurement; nothing is tuned when an operator is called.
 
 A key is (architecture, decay kind, role, contraction width bucket, bytes per element); the value a `Tile`. An entry is only added
-after its gradients passed the check of `python -m linnet.bench.gpu --check`.
+after its gradients passed the check of `linnet bench gpu --check`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,12 @@ SCALAR = {
     "dk": Tile(M=4, transposed=False),
     "dv": Tile(M=4),
 }
-VECTOR = {role: Tile(C=16, M=4, stages=3) for role in ("o", "dq", "dk", "dv")}
+VECTOR = {  # dq and dk exchange what passes through the states of their chunks: the same C
+    "o": Tile(C=32, BZ=128, warps=8, M=2, stages=3),
+    "dq": Tile(C=16, M=4, stages=3),
+    "dk": Tile(C=16, M=4, stages=4),
+    "dv": Tile(C=32, BZ=128, warps=8, M=2, stages=3),
+}
 EXACT = {
     "o": Tile(C=32, M=2, stages=3),
     "dq": Tile(C=16, M=4, stages=3),
@@ -54,7 +59,10 @@ FP32 = {
 
 @dataclass(frozen=True)
 class DeltaTile:
-    """The delta rule on chunks of C tokens. BV, BD: columns of values and keys a program; 16-bit type of the inverse's products."""
+    """The delta rule on chunks of C tokens. BV, BD: columns of values and keys a program; 16-bit type of the inverse's products.
+
+    run: consecutive chunks that a program of the preparation takes.
+    """
 
     C: int = 64
     BV: int = 64
@@ -64,6 +72,7 @@ class DeltaTile:
     descriptors: bool = True
     inverse: str = "float16"
     registers: int | None = None  # most registers a thread, so that more programs fit a processor
+    run: int = 1
 
 
 SWEEP = DeltaTile(BV=128, warps=8)
@@ -74,10 +83,34 @@ DELTA = {
         "backward": SWEEP,
         "gradients": DeltaTile(BD=64, registers=168),
     },
-    "vector": {"prepare": DeltaTile(BD=32), "forward": SWEEP, "backward": SWEEP, "gradients": DeltaTile(BD=64)},
+    "vector": {"prepare": DeltaTile(BD=32, warps=2), "forward": SWEEP, "backward": SWEEP, "gradients": DeltaTile(BD=32)},
+    "exact": {"prepare": DeltaTile(BD=32), "forward": SWEEP, "backward": SWEEP, "gradients": DeltaTile(BD=64)},
+}
+WIDE_SWEEP = DeltaTile(C=32, BV=64, warps=8)  # 32 tokens: what leaves the state its registers
+DELTA_WIDE = {  # key or value heads of 129 to 256 channels
+    "scalar": {
+        "prepare": DeltaTile(C=32, BD=64, registers=128),
+        "forward": WIDE_SWEEP,
+        "backward": WIDE_SWEEP,
+        "gradients": DeltaTile(C=32, BD=64),
+    },
+    "exact": {
+        "prepare": DeltaTile(C=32, BD=32),
+        "forward": WIDE_SWEEP,
+        "backward": WIDE_SWEEP,
+        "gradients": DeltaTile(C=32, BD=64),
+    },
 }
 DELTA_FP32 = DeltaTile(C=32, BV=32, BD=64, warps=4, stages=1, descriptors=False, inverse="float32")
-DELTA_TABLE = {"sm90": DELTA}
+DPLR = {
+    "prepare": DeltaTile(BD=32),
+    "forward": SWEEP,
+    "backward": SWEEP,
+    "solved": DeltaTile(),
+    "gradients": DeltaTile(BD=32),
+}
+DPLR_TABLE = {"sm90": DPLR}
+DELTA_TABLE = {"sm90": {128: DELTA, 256: DELTA_WIDE}}
 TABLE = {"sm90": {"none": NONE, "scalar": SCALAR, "vector": VECTOR, "exact": EXACT}}
 DEFAULT_ARCHITECTURE = "sm90"
 
@@ -91,11 +124,19 @@ def tile(architecture: str, kind: str, role: str, element_size: int) -> Tile:
     return replace(chosen, descriptors=False) if int(architecture.removeprefix("sm")) < 90 else chosen  # sm100 is newer
 
 
-def delta_tile(architecture: str, kind: str, part: str, element_size: int) -> DeltaTile:
-    """The configuration of one kernel of the delta rule."""
+def delta_tile(architecture: str, kind: str, part: str, element_size: int, width: int) -> DeltaTile:
+    """The configuration of one kernel of the delta rule; width: the wider of a head's keys and values."""
     if element_size == 4:
         return DELTA_FP32
-    chosen = DELTA_TABLE.get(architecture, DELTA_TABLE[DEFAULT_ARCHITECTURE])[kind][part]
+    chosen = DELTA_TABLE.get(architecture, DELTA_TABLE[DEFAULT_ARCHITECTURE])[128 if width <= 128 else 256][kind][part]
+    return replace(chosen, descriptors=False) if int(architecture.removeprefix("sm")) < 90 else chosen
+
+
+def dplr_tile(architecture: str, part: str, element_size: int) -> DeltaTile:
+    """The configuration of one kernel of DPLR."""
+    if element_size == 4:
+        return DELTA_FP32
+    chosen = DPLR_TABLE.get(architecture, DPLR_TABLE[DEFAULT_ARCHITECTURE])[part]
     return replace(chosen, descriptors=False) if int(architecture.removeprefix("sm")) < 90 else chosen
 
 

@@ -1,7 +1,4 @@
-"""Backend `triton` of delta_rule: custom operators around the GPU kernels. Triton itself is imported at the first call.
-
-On a GPU, training with a per-channel decay runs on the torch backend: its gradient kernel has only run in the interpreter.
-"""
+"""Backend `triton` of delta_rule: custom operators around the GPU kernels. Triton itself is imported at the first call."""
 
 # No `from __future__ import annotations` here: custom operators read their schema from the annotations.
 
@@ -14,8 +11,8 @@ from torch import Tensor
 from linnet.ops import _algebra
 from linnet.ops._autograd import refuse_double_backward
 from linnet.ops._dispatch import implements
-from linnet.ops.torch.recurrent import delta_core as torch_core
 from linnet.ops.triton._plan import WIDEST, DeltaCall
+from linnet.ops.triton._step import token_op
 from linnet.ops.triton.recurrent import supports as linear_supports
 
 
@@ -105,14 +102,17 @@ def delta_core(q, k, p, v, erase, write, g, S0, cu_seqlens, scale, before_decay,
     """A delta core of linnet/ops/_algebra.py; `dtype` is fp32 here. 16-bit operands are multiplied as bf16."""
     tensors = (q, k, p, v, erase, write, g, S0)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    unchecked = save and g is not None and g.shape[3] > 1 and q.is_cuda
-    if unchecked or (q.shape[1] == 1 and cu_seqlens is None and not save):
-        return torch_core(q, k, p, v, erase, write, g, S0, cu_seqlens, scale, before_decay, exclusive, heads, dtype)
+    if q.shape[1] == 1 and cu_seqlens is None and not save:
+        return token_op("delta", q, k, p, v, None, erase, write, g, S0, scale, before_decay, exclusive, heads)
+    if g is None or g.shape[3] == 1:  # the sweeps read the keys as they are
+        k, _, erase, _ = _algebra.fold_gates(k, p, v, erase, None)
     kind = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
     q, k, p, v = (None if x is None else x.to(kind) for x in (q, k, p, v))
+    if write is not None and write.shape[3] > 1:
+        write = write.to(kind)
     return delta_op(q, k, p, v, erase, write, g, S0, cu_seqlens, scale, before_decay, exclusive, heads, bound, save)[:2]
 
 
 @implements("delta_rule", "triton", supports)
 def delta_rule(**arguments):
-    return _algebra.delta_rule(partial(delta_core, bound=arguments["log_decay_min"]), **arguments)
+    return _algebra.delta_rule(partial(delta_core, bound=arguments["log_decay_min"]), **arguments, channel_gates=True)

@@ -14,6 +14,7 @@ from linnet.ops import _algebra
 from linnet.ops._autograd import refuse_double_backward
 from linnet.ops._dispatch import implements
 from linnet.ops.triton._plan import Call
+from linnet.ops.triton._step import single_token, token_op
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")  # Triton's own switch, read at import
 
@@ -112,24 +113,10 @@ linear_op.register_autograd(_backward, setup_context=_setup)
 refuse_double_backward(linear_backward_op)
 
 
-@torch.library.custom_op("linnet::triton_linear_attention_step", mutates_args=())
-def step_op(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, S0: Tensor | None, scale: float, exclusive: bool, heads: int
-) -> tuple[Tensor, Tensor]:
-    return _kernels().step(q, k, v, g, S0, scale, exclusive, heads)
-
-
-@step_op.register_fake
-def _(q, k, v, g, S0, scale, exclusive, heads):
-    S = q.new_empty(q.shape[0], heads, q.shape[3], v.shape[3], dtype=torch.float32)
-    return v.new_empty(q.shape[0], 1, max(q.shape[2], heads), v.shape[3]), S
-
-
 def linear_core(q, k, v, g, S0, cu_seqlens, scale, exclusive, heads, dtype, bound=None):
     """A linear core of linnet/ops/_algebra.py; `dtype` is fp32 here."""
-    recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, S0))
-    if q.shape[1] == 1 and cu_seqlens is None and not recorded:
-        return step_op(q, k, v, g, S0, scale, exclusive, heads)
+    if single_token(q, cu_seqlens, k, v, g, S0):
+        return token_op("linear", q, None, k, v, None, None, None, g, S0, scale, False, exclusive, heads)
     return linear_op(q, k, v, g, S0, cu_seqlens, scale, exclusive, heads, bound)[:2]
 
 
