@@ -101,8 +101,10 @@ def last_of_rows(x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None) -
 
 def linear_attention(
     core: Callable, q, k, v, log_decay, log_gain, bonus, read, normalizer, normalizer_eps, return_normalizer, steps_per_token,
-    scale, log_decay_min, initial_state, return_state, cu_seqlens, **tuning,
+    scale, log_decay_min, initial_state, return_state, cu_seqlens, tiles: bool = False, **tuning,
 ):  # fmt: skip
+    """tiles: the core multiplies tiles of the operands' own dtype: gated keys keep it, and the normalizer is a call of its own
+    (one more value channel would be one more tile)."""
     B, T = q.shape[:2]
     n, before, out_dtype = steps_per_token, read == "before", v.dtype
     dtype = accumulate_dtype(q, log_decay, log_gain)
@@ -123,6 +125,8 @@ def linear_attention(
         change = (previous - safe).unsqueeze(-1)
         g = change if g is None else expand_heads(g, heads) + change
         k_hat = gate((i - safe).exp(), k.to(dtype))
+        if tiles:
+            k_hat = k_hat.to(k.dtype)
         m_read = last_steps(m, n, first=False)
         if before:  # relative to the maximum of the state before the token and the token's own gains
             m_state = last_steps(previous, n, first=True)
@@ -130,12 +134,16 @@ def linear_attention(
             safe_read = m_read.masked_fill(m_read == -torch.inf, 0.0)
             factor, own_gain = (m_state - safe_read).exp(), (i.unflatten(1, (T, n)) - safe_read.unsqueeze(2)).exp().flatten(1, 2)
     value = v
-    if normalizer is not None:
+    if normalizer is not None and not tiles:
         value = F.pad(v.to(k_hat.dtype), (0, 1), value=1.0)
         S0 = None if S0 is None else torch.cat([S0.to(dtype), z0.to(dtype).unsqueeze(-1)], -1)
     if q.dtype != k_hat.dtype:
         q, value = q.to(k_hat.dtype), value.to(k_hat.dtype)
     o, S = core(q, k_hat, value, g, S0, cu_steps, scale, before, heads, dtype, **tuning)
+    if normalizer is not None and tiles:
+        z0 = None if z0 is None else z0.unsqueeze(-1)
+        total, z = core(q, k_hat, v.new_ones(*k_hat.shape[:2], 1, 1), g, z0, cu_steps, scale, before, heads, dtype, **tuning)
+        o, S = (torch.cat([a.to(dtype), b.to(dtype)], -1) for a, b in ((o, total), (S, z)))
     o = last_steps(o, n, first=before)
     if not (log_gain is None and bonus is None and normalizer is None):  # arithmetic follows
         o = o.to(dtype)

@@ -89,7 +89,8 @@ class Call:
     @property
     def splits(self) -> int:
         t = self.tile("o")
-        return _table.splits(self.N * self.heads * -(-self.V // t.BZ), self.T, self.block, self.processors)
+        programs = self.N * self.heads * -(-self.V // t.BZ) * (t.warps // 4)  # as many as of four warps
+        return _table.splits(programs, self.T, self.block, self.processors)
 
     def block_count(self) -> int:
         return self.T // self.block + self.N if self.cu is not None else self.N * -(-self.T // self.block)

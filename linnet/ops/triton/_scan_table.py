@@ -26,7 +26,7 @@ class Tile:
 
 TABLE = {
     "sm90": {
-        "scan": Tile(64, 16, 4),
+        "scan": Tile(64, 16, 6),
         "selective_scan": Tile(32, 4, 3),
         "short_conv": Tile(256, 64, 2),
         "softmax_cross_entropy": Tile(U=4096, stages=2, warps=8),  # U logits at a time

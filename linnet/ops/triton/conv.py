@@ -87,7 +87,7 @@ def _last_inputs(x: Tensor, past: Tensor | None, cu_seqlens: Tensor | None, coun
     return torch.where(inside, values, past.gather(1, slot[..., None].expand_as(past)))
 
 
-@implements("short_conv", "triton", supports, by_name=True)
+@implements("short_conv", "triton", supports)
 def short_conv(x_BTD, weight_DW, bias_D, activation, initial_state, return_state, cu_seqlens):
     W = weight_DW.shape[1]
     past = initial_state[0].float().mT.contiguous() if initial_state is not None and W > 1 else None

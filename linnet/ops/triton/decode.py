@@ -57,7 +57,7 @@ def _run(*arguments, output: bool) -> Tensor | None:
     return o if output else None
 
 
-@implements("decode.linear_attention", "triton", matrix_supports, by_name=True)
+@implements("decode.linear_attention", "triton", matrix_supports)
 def linear_attention(q, k, v, log_decay, read, steps_per_token, scale, state, slots, counts, update, output):
     return _run(
         "linear", q, None, k, v, None, None, None, _decay(log_decay, q), state, slots, counts, scale, False, read == "before",
@@ -65,7 +65,7 @@ def linear_attention(q, k, v, log_decay, read, steps_per_token, scale, state, sl
     )  # fmt: skip
 
 
-@implements("decode.delta_rule", "triton", matrix_supports, by_name=True)
+@implements("decode.delta_rule", "triton", matrix_supports)
 def delta_rule(
     q, k, v, erase, write, write_key, log_decay, erase_read, read, steps_per_token, scale, state, slots, counts, update, output
 ):  # fmt: skip
@@ -76,20 +76,20 @@ def delta_rule(
     )  # fmt: skip
 
 
-@implements("decode.dplr", "triton", matrix_supports, by_name=True)
+@implements("decode.dplr", "triton", matrix_supports)
 def dplr(q, k, v, a, b, log_decay, scale, state, slots, counts, update, output):
     return _run(
         "dplr", q, a, k, v, b, None, None, _decay(log_decay, q), state, slots, counts, scale, True, False, 1, update, output=output
     )  # fmt: skip
 
 
-@implements("decode.short_conv", "triton", conv_supports, by_name=True)
+@implements("decode.short_conv", "triton", conv_supports)
 def short_conv(x_BTD, weight_DW, bias_D, activation, state, slots, counts, update, output):
     y = _step.conv_op(x_BTD, weight_DW.contiguous(), bias_D, state, slots, counts, activation == "silu", update, output)
     return y if output else None
 
 
-@implements("decode.selective_scan", "triton", selective_supports, by_name=True)
+@implements("decode.selective_scan", "triton", selective_supports)
 def selective_scan(x_BTD, delta_BTD, A_DN, B_BTN, C_BTN, D_D, z_BTD, state, slots, counts, update, output):
     B, C = (x.unsqueeze(2) if x.ndim == 3 else x for x in (B_BTN, C_BTN))
     y = _step.selective_op(x_BTD, delta_BTD, A_DN.contiguous(), B, C, D_D, z_BTD, state, slots, counts, update, output)

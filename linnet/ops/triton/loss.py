@@ -28,7 +28,7 @@ def _(logits, target, gradient):
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
-@implements("softmax_cross_entropy", "triton", supports, by_name=True)
+@implements("softmax_cross_entropy", "triton", supports)
 def softmax_cross_entropy(logits_CV, target_C, return_gradient):
     logits_CV = logits_CV if logits_CV.stride(1) == 1 else logits_CV.contiguous()
     loss_C = cross_entropy_op(logits_CV, target_C.contiguous(), return_gradient)

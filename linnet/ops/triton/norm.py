@@ -68,11 +68,11 @@ norm_op.register_autograd(_backward, setup_context=_setup)
 refuse_double_backward(norm_backward_op)
 
 
-@implements("gated_rms_norm", "triton", supports, by_name=True)
+@implements("gated_rms_norm", "triton", supports)
 def gated_rms_norm(x, gate, weight, eps, activation, norm_before_gate, groups):
     return norm_op(x, gate, weight, eps, activation == "silu", norm_before_gate, groups, True)
 
 
-@implements("l2_norm", "triton", supports, by_name=True)
+@implements("l2_norm", "triton", supports)
 def l2_norm(x, eps):
     return norm_op(x, None, None, eps, False, True, 1, False)

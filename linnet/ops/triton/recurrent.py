@@ -123,4 +123,4 @@ def linear_core(q, k, v, g, S0, cu_seqlens, scale, exclusive, heads, dtype, boun
 @implements("linear_attention", "triton", supports)
 def linear_attention(**arguments):
     bound = arguments["log_decay_min"] if arguments["log_gain"] is None else None  # a log-gain changes the decay
-    return _algebra.linear_attention(partial(linear_core, bound=bound), **arguments)
+    return _algebra.linear_attention(partial(linear_core, bound=bound), **arguments, tiles=True)

@@ -63,7 +63,7 @@ scan_op.register_autograd(_backward, setup_context=_setup)
 refuse_double_backward(scan_backward_op)
 
 
-@implements("scan", "triton", supports, by_name=True)
+@implements("scan", "triton", supports)
 def scan(x, a, log_a, initial_state, return_state, cu_seqlens):
     log, a = (False, a) if log_a is None else (True, log_a)
     if a.shape[2:] != x.shape[2:]:

@@ -81,7 +81,7 @@ selective_scan_op.register_autograd(_backward, setup_context=_setup)
 refuse_double_backward(selective_scan_backward_op)
 
 
-@implements("selective_scan", "triton", supports, by_name=True)
+@implements("selective_scan", "triton", supports)
 def selective_scan(x_BTD, delta_BTD, A_DN, B_BTN, C_BTN, D_D, z_BTD, initial_state, return_state, cu_seqlens):
     B, C = (p.unsqueeze(2) if p.ndim == 3 else p for p in (B_BTN, C_BTN))
     h0 = None if initial_state is None else initial_state[0].float().mT.contiguous()
