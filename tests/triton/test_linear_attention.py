@@ -123,6 +123,20 @@ def test_normalizer_bonus_and_gain(device):
     assert_is_the_recurrence(x, state, normalizer="sum", normalizer_eps=0.3)
 
 
+def test_gain_with_a_normalizer_and_shared_heads(device):
+    x, state = operands(device, 40, kind="scalar", B=1, heads=(4, 2, 1, 2))
+    gain = torch.randn(1, 40, 2, generator=torch.Generator().manual_seed(1)).to(device)
+    cu = torch.tensor([0, 7, 40], dtype=torch.int32, device=device)
+    assert_is_the_recurrence(x, state, log_gain=gain, normalizer="floor", cu_seqlens=cu)
+
+
+@pytest.mark.gpu
+def test_gain_keeps_sixteen_bits():
+    x, state = operands("cuda", 500, 128, 128, kind="scalar", dtype=torch.bfloat16)
+    gain = torch.randn(2, 500, 2, generator=torch.Generator().manual_seed(1)).cuda()
+    assert_is_the_recurrence(x, state, limit=BF16, log_gain=gain, normalizer="floor")
+
+
 @pytest.mark.parametrize("kind", ["scalar", "vector"])
 @pytest.mark.parametrize("options", [{}, {"log_decay_min": -5.0}], ids=["any decay", "bounded"])
 def test_causal_bit_for_bit_and_deterministic(device, kind, options):
