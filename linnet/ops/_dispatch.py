@@ -30,7 +30,7 @@ def implements(
     """Decorator: register a function as the implementation of `op` in `backend`.
 
     `supports(arguments)` returns None if the backend can compute this call and a one-sentence reason if it cannot. by_name: runs
-    only where a caller names the backend (kernels that no GPU has checked yet).
+    only where a caller names the backend (kernels whose checks on a GPU have not all passed).
     """
 
     def register(function):
@@ -67,7 +67,9 @@ def refusal(op: str, backend: str, arguments: dict[str, Any]) -> str | None:
 def passed_over(op: str, backend: str, arguments: dict[str, Any]) -> str | None:
     """Why `choose` does not take `backend` for this call; None if it may."""
     reason = refusal(op, backend, arguments)
-    return "runs only where a call names it: no GPU has checked it yet" if reason is None and (op, backend) in _by_name else reason
+    if reason is None and (op, backend) in _by_name:
+        return "runs only where a call names it: some GPU checks have not passed"
+    return reason
 
 
 def choose(op: str, arguments: dict[str, Any]) -> str:

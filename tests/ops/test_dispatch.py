@@ -25,7 +25,7 @@ def test_a_backend_by_name_runs_only_where_it_is_named(op, by_name):
     assert _dispatch.choose(op, {}) == ("torch" if by_name else "triton")
     assert _dispatch.refusal(op, "triton", {}) is None
     reason = _dispatch.passed_over(op, "triton", {})
-    assert reason == ("runs only where a call names it: no GPU has checked it yet" if by_name else None)
+    assert reason == ("runs only where a call names it: some GPU checks have not passed" if by_name else None)
 
 
 def test_a_refusal_stands_before_the_name(op):
