@@ -9,8 +9,8 @@ exclusive: the query reads before the step; before_decay: e reads the undecayed 
 with erase and write None (one) or [B, T, H, 1] in `dtype`, and k None for k = p; a core that is called with channel_gates also
 takes erase [B, T, H, K] and write [B, T, H, V], in the caller's dtype. Everything else is elementwise and
 differentiated by PyTorch: several steps per token become a finer time grid (decay on the first step, query on the last), a
-normaliser becomes one more value column of ones, a log-gain becomes a decay and a factor of k relative to its running
-maximum, a bonus is (q . bonus k) v.
+normaliser becomes one more value column of ones (on tiles, a call of its own), a log-gain becomes a decay and a factor of k
+relative to its running maximum, a bonus is (q . bonus k) v.
 """
 
 from __future__ import annotations

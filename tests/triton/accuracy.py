@@ -12,3 +12,22 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
     if not bool(torch.isfinite(got).all()):
         return float("inf")
     return float((got - want).norm() / want.norm().clamp_min(1e-30))
+
+
+def values_and_gradients(op, x, state, backend, dtype=None, **options):
+    """o, the final state, and the gradients of a random weighing of both by every argument and the initial state."""
+    leaves = {n: a.to(dtype or a.dtype).detach().requires_grad_() for n, a in {**x, "state": state}.items()}
+    inputs = {n: a for n, a in leaves.items() if n != "state"}
+    o, (S,) = op(**inputs, initial_state=(leaves["state"],), return_state=True, backend=backend, **options)
+    rng = torch.Generator().manual_seed(5)
+    weigh = lambda a: (a * torch.randn(a.shape, generator=rng).to(x["v"].dtype).to(a)).sum()
+    grads = torch.autograd.grad(weigh(o) + weigh(S), list(leaves.values()))
+    return {"o": o.detach(), "S": S.detach(), **{"d" + n: a for n, a in zip(leaves, grads, strict=True)}}
+
+
+def assert_is_the_recurrence(op, x, state, limit, **options):
+    """The kernels compute what backend torch computes in fp64, every tensor."""
+    got = values_and_gradients(op, x, state, "triton", **options)
+    want = values_and_gradients(op, x, state, "torch", torch.float64, **options)
+    misses = {n: f"{error(a, want[n]):.1e}" for n, a in got.items() if not error(a, want[n]) < limit}
+    assert not misses, misses

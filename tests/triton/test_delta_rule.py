@@ -5,10 +5,10 @@ Under the interpreter (fp32, small shapes) the whole file runs; the laws marked 
 
 from __future__ import annotations
 
+import accuracy
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import error
 
 import linnet.ops as ops
 
@@ -45,22 +45,8 @@ def operands(
     return {n: a.to(device) for n, a in x.items()}, state.to(device)
 
 
-def values_and_gradients(x, state, backend, dtype=None, **options):
-    leaves = {n: a.to(dtype or a.dtype).detach().requires_grad_() for n, a in {**x, "state": state}.items()}
-    inputs = {n: a for n, a in leaves.items() if n != "state"}
-    o, (S,) = ops.delta_rule(**inputs, initial_state=(leaves["state"],), return_state=True, backend=backend, **options)
-    rng = torch.Generator().manual_seed(5)
-    weigh = lambda a: (a * torch.randn(a.shape, generator=rng).to(x["v"].dtype).to(a)).sum()
-    grads = torch.autograd.grad(weigh(o) + weigh(S), list(leaves.values()))
-    return {"o": o.detach(), "S": S.detach(), **{"d" + n: a for n, a in zip(leaves, grads, strict=True)}}
-
-
 def assert_is_the_recurrence(x, state, limit=FP32, **options):
-    got = values_and_gradients(x, state, "triton", **options)
-    want = values_and_gradients(x, state, "torch", torch.float64, **options)
-    for name, value in got.items():
-        miss = error(value, want[name])
-        assert miss < limit, f"{name}: {miss:.1e}"
+    accuracy.assert_is_the_recurrence(ops.delta_rule, x, state, limit, **options)
 
 
 CASES = {
@@ -151,9 +137,9 @@ def test_16_bit_operands(device, case, size):
 def test_16_bit_operands_with_correlated_keys(device):
     """Rounded operands amplify: an inverse with entries near 2 multiplies the rounding of what it solves."""
     x, state = operands(device, "scalar", 256, K=64, V=64, beta=2.0, correlated=True, dtype=torch.bfloat16)
-    got = values_and_gradients(x, state, "triton")
-    want = values_and_gradients(x, state, "torch", torch.float64)
-    worst = max(error(a, want[n]) for n, a in got.items())
+    got = accuracy.values_and_gradients(ops.delta_rule, x, state, "triton")
+    want = accuracy.values_and_gradients(ops.delta_rule, x, state, "torch", torch.float64)
+    worst = max(accuracy.error(a, want[n]) for n, a in got.items())
     if BF16 <= worst < 3e-2:
         pytest.xfail(f"known miss, docs/kernels.md: correlated keys in 16 bit {worst:.1e}, goal {BF16:.0e}")
     assert worst < BF16

@@ -5,10 +5,10 @@ Under the interpreter (fp32, small shapes) the whole file runs; the laws marked 
 
 from __future__ import annotations
 
+import accuracy
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import error
 
 import linnet.ops as ops
 
@@ -43,21 +43,8 @@ def operands(
     return {n: a.to(device) for n, a in x.items()}, state.to(device)
 
 
-def values_and_gradients(x, state, backend, dtype=None, **options):
-    leaves = {n: a.to(dtype or a.dtype).detach().requires_grad_() for n, a in {**x, "state": state}.items()}
-    inputs = {n: a for n, a in leaves.items() if n != "state"}
-    o, (S,) = ops.dplr(**inputs, initial_state=(leaves["state"],), return_state=True, backend=backend, **options)
-    rng = torch.Generator().manual_seed(5)
-    weigh = lambda a: (a * torch.randn(a.shape, generator=rng).to(x["v"].dtype).to(a)).sum()
-    grads = torch.autograd.grad(weigh(o) + weigh(S), list(leaves.values()))
-    return {"o": o.detach(), "S": S.detach(), **{"d" + n: a for n, a in zip(leaves, grads, strict=True)}}
-
-
 def assert_is_the_recurrence(x, state, limit=FP32, **options):
-    got = values_and_gradients(x, state, "triton", **options)
-    want = values_and_gradients(x, state, "torch", torch.float64, **options)
-    misses = {n: f"{error(a, want[n]):.1e}" for n, a in got.items() if not error(a, want[n]) < limit}
-    assert not misses, misses
+    accuracy.assert_is_the_recurrence(ops.dplr, x, state, limit, **options)
 
 
 CASES = {
@@ -105,7 +92,7 @@ def test_the_past_is_bit_for_bit_independent_of_the_future(device, options):
 
 def test_gradients_are_the_same_in_every_run(device):
     x, state = operands(device, "vector", 40)
-    first, second = (values_and_gradients(x, state, "triton", **RWKV) for _ in range(2))
+    first, second = (accuracy.values_and_gradients(ops.dplr, x, state, "triton", **RWKV) for _ in range(2))
     assert all(torch.equal(a, second[n]) for n, a in first.items())
 
 

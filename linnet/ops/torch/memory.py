@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linnet.ops._autograd import refuse_double_backward
+from linnet.ops._autograd import records, refuse_double_backward
 from linnet.ops._dispatch import implements
 from linnet.ops._shapes import accumulate_dtype, expand_heads
 from linnet.ops.memory import flat_weights
@@ -518,7 +518,7 @@ def neural_memory(
     operands = [plan.split(x, heads, dtype) for x in (q, k, v, rate, log_decay, log_momentum, read_scale)]
     shared = [None if x is None else x.to(dtype) for x in (norm_weight, norm_bias)]
     sizes = [weights[0].shape[1], *(w.shape[2] for w in weights)]
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*operands, *shared, state))
+    save = records(*operands, *shared, state)
     o, state, _ = memory_op(
         *operands, *shared, state, plan.valid, plan.anchor, plan.active, plan.full, count is not None, save, sizes,
         biases is not None, residual, activation, norm_eps, mini_batch, linear,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from linnet.ops import _algebra
-from linnet.ops._autograd import refuse_double_backward
+from linnet.ops._autograd import records, refuse_double_backward
 from linnet.ops._dispatch import implements
 from linnet.ops._shapes import expand_heads
 from linnet.ops.torch import _delta, _dplr, _linear
@@ -55,11 +55,6 @@ def _only_first_two(ctx, output: tuple[Tensor, ...]) -> None:
 
 def _gradient_of_output(ctx, do: Tensor | None, like: Tensor) -> Tensor:
     return like.new_zeros(ctx.output_like[0], dtype=ctx.output_like[1]) if do is None else do
-
-
-def needs_backward(*tensors: Tensor | None) -> bool:
-    """Whether a backward pass can follow: what it needs is stored only then."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _empty(x: Tensor) -> Tensor:
@@ -270,7 +265,7 @@ def single_token(q: Tensor, cu_seqlens: Tensor | None) -> bool:
 def linear_core(q, k, v, g, S0, cu_seqlens, scale, exclusive, heads, dtype, chunk=CHUNK["linear_attention"]):
     if not single_token(q, cu_seqlens):
         size = fit_chunk(chunk, q.shape[1])
-        save = needs_backward(q, k, v, g, S0)
+        save = records(q, k, v, g, S0)
         return linear_op(q, k, v, g, S0, cu_seqlens, scale, exclusive, heads, size, save, dtype)[:2]
     S0 = _start(S0, q, v, heads, dtype)
     k, v_t, g = (_token(x, heads, dtype) for x in (k, v, g))
@@ -283,7 +278,7 @@ def delta_core(
 ):
     if not single_token(q, cu_seqlens):
         operands = (q, k, p, v, erase, write, g, S0)
-        size, save = fit_chunk(chunk, q.shape[1]), needs_backward(*operands)
+        size, save = fit_chunk(chunk, q.shape[1]), records(*operands)
         return delta_op(*operands, cu_seqlens, scale, before_decay, exclusive, heads, size, save, dtype)[:2]
     S0 = _start(S0, q, v, heads, dtype)
     e, p, u, erase, write, g = (_token(x, heads, dtype) for x in (p if k is None else k, p, v, erase, write, g))
@@ -298,7 +293,7 @@ def dplr_core(q, e, b, p, u, g, S0, cu_seqlens, scale, heads, dtype, chunk=CHUNK
     w = -b
     if not single_token(q, cu_seqlens):
         size = fit_chunk(chunk, q.shape[1])
-        save = needs_backward(q, e, w, p, u, g, S0)
+        save = records(q, e, w, p, u, g, S0)
         return dplr_op(q, e, w, p, u, g, S0, cu_seqlens, scale, heads, size, save, dtype)[:2]
     S0 = _start(S0, q, u, heads, dtype)
     e, w, p, u_t, g = (_token(x, heads, dtype) for x in (e, w, p, u, g))

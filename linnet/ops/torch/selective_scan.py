@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linnet.ops._autograd import refuse_double_backward
+from linnet.ops._autograd import records, refuse_double_backward
 from linnet.ops._dispatch import implements
 from linnet.ops._shapes import accumulate_dtype, expand_heads
 
@@ -430,7 +430,7 @@ def selective_scan(x_BTD, delta_BTD, A_DN, B_BTN, C_BTN, D_D, z_BTD, initial_sta
     if x.shape[1] == 1 and cu_seqlens is None:
         y, final = _one_token(delta, x, A, B, C, h0)
     else:
-        keep = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, delta, A, B, C, h0))
+        keep = records(x, delta, A, B, C, h0)
         y, final, _ = selective_scan_op(delta, x, A, B, C, h0, cu_seqlens, return_state, keep)
     if D_D is not None:
         y = torch.addcmul(y, x, D_D.to(dtype))

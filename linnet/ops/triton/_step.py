@@ -10,6 +10,8 @@ import importlib
 import torch
 from torch import Tensor
 
+from linnet.ops._autograd import records
+
 
 def _kernels():
     return importlib.import_module("linnet.ops.triton._kernel_step")
@@ -83,6 +85,4 @@ def _(kind, q, k, p, v, b, erase, write, g, S0, scale, before, exclusive, heads)
 
 def single_token(q: Tensor, cu_seqlens: Tensor | None, *others: Tensor | None) -> bool:
     """Whether a call of a core is one token that autograd does not record."""
-    if q.shape[1] != 1 or cu_seqlens is not None:
-        return False
-    return not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, *others)))
+    return q.shape[1] == 1 and cu_seqlens is None and not records(q, *others)

@@ -26,8 +26,3 @@ def rows_of(x: Tensor) -> Tensor:
     B, T, D = x.shape
     packed = (D == 1 or x.stride(2) == 1) and (B == 1 or T == 1 or x.stride(0) == T * x.stride(1)) and (x.stride(1) >= D or T == 1)
     return x if packed and (B == 1 or T > 1) else x.contiguous()
-
-
-def records(*tensors: Tensor | None) -> bool:
-    """Whether autograd records a call on these tensors."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from linnet.ops import _algebra
-from linnet.ops._autograd import refuse_double_backward
+from linnet.ops._autograd import records, refuse_double_backward
 from linnet.ops._dispatch import implements
 from linnet.ops.triton._plan import WIDEST, DeltaCall
-from linnet.ops.triton._step import token_op
+from linnet.ops.triton._step import single_token, token_op
 from linnet.ops.triton.recurrent import supports as linear_supports
 
 
@@ -100,9 +100,8 @@ refuse_double_backward(delta_backward_op)
 
 def delta_core(q, k, p, v, erase, write, g, S0, cu_seqlens, scale, before_decay, exclusive, heads, dtype, bound=None):
     """A delta core of linnet/ops/_algebra.py; `dtype` is fp32 here. 16-bit operands are multiplied as bf16."""
-    tensors = (q, k, p, v, erase, write, g, S0)
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    if q.shape[1] == 1 and cu_seqlens is None and not save:
+    save = records(q, k, p, v, erase, write, g, S0)
+    if single_token(q, cu_seqlens, k, p, v, erase, write, g, S0):
         return token_op("delta", q, k, p, v, None, erase, write, g, S0, scale, before_decay, exclusive, heads)
     if g is None or g.shape[3] == 1:  # the sweeps read the keys as they are
         k, _, erase, _ = _algebra.fold_gates(k, p, v, erase, None)

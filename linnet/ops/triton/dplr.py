@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from linnet.ops import _algebra
-from linnet.ops._autograd import refuse_double_backward
+from linnet.ops._autograd import records, refuse_double_backward
 from linnet.ops._dispatch import implements
 from linnet.ops.triton._plan import DplrCall
-from linnet.ops.triton._step import token_op
-from linnet.ops.triton._support import records
+from linnet.ops.triton._step import single_token, token_op
 from linnet.ops.triton.recurrent import supports as linear_supports
 
 WIDEST = 128  # key and value channels per head
@@ -97,7 +96,7 @@ refuse_double_backward(dplr_backward_op)
 def dplr_core(q, a, b, k, v, g, S0, cu_seqlens, scale, heads, dtype, bound=None):
     """A dplr core of linnet/ops/_algebra.py; `dtype` is fp32 here. 16-bit operands are multiplied as bf16."""
     save = records(q, a, b, k, v, g, S0)
-    if q.shape[1] == 1 and cu_seqlens is None and not save:
+    if single_token(q, cu_seqlens, a, b, k, v, g, S0):
         return token_op("dplr", q, a, k, v, b, None, None, g, S0, scale, True, False, heads)
     kind = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
     q, k, a, b, v = (x.to(kind) for x in (q, k, a, b, v))

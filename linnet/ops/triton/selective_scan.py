@@ -8,10 +8,10 @@ import math
 import torch
 from torch import Tensor
 
-from linnet.ops._autograd import refuse_double_backward
+from linnet.ops._autograd import records, refuse_double_backward
 from linnet.ops._dispatch import implements
 from linnet.ops.triton import _scan_table
-from linnet.ops.triton._support import records, refusal
+from linnet.ops.triton._support import refusal
 
 MAX_STATE = 128
 
