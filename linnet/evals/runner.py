@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import get_cosine_schedule_with_warmup
 
+from linnet.evals.steps import Step, stream
 from linnet.evals.tasks._base import IGNORE, Batch, Task, add, divide, get_task
 from linnet.models import LinnetConfig, LinnetForCausalLM, parameter_groups
 from linnet.models.loss import linear_cross_entropy
@@ -145,12 +146,12 @@ class TaskModel(nn.Module):
         output = self(inputs).float()
         if self.task.targets == "classes":
             return F.cross_entropy(output.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
-        asked = ~targets.isnan()
-        error = (output[..., : targets.shape[-1]] - targets)[asked].square()
+        asked = ~targets.isnan()  # masked, not chosen: how many are asked would have to come back from the device
+        error = (output[..., : targets.shape[-1]] - targets.nan_to_num()).square()
         if output.shape[-1] > targets.shape[-1]:  # mean and log variance
-            log_variance = output[..., targets.shape[-1] :][asked]
-            return 0.5 * (log_variance + error * (-log_variance).exp()).mean()
-        return error.mean()
+            log_variance = output[..., targets.shape[-1] :]
+            error = 0.5 * (log_variance + error * (-log_variance).exp())
+        return error.where(asked, 0.0).sum() / asked.sum()
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
@@ -169,46 +170,44 @@ def check_time(until: float | None) -> None:
 
 def train(run: Run, device: str = "cpu", until: float | None = None) -> dict[str, Any]:
     """Train and test one model; the row of results. `TimeoutError` if it is not trained at `until`."""
+    with stream(device):
+        return _train(run, device, until)
+
+
+def _train(run: Run, device: str, until: float | None) -> dict[str, Any]:
     started, task = time.perf_counter(), get_task(run.task, **run.task_options)
     tests = {"train": task} | {name: task.at(**options) for name, options in run.tests.items()}
     torch.manual_seed(run.seed)
     model = TaskModel(task, run).to(device)
-    fused = device.startswith("cuda") and not any(p.is_complex() for p in model.parameters())
-    groups = parameter_groups(model, run.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=run.learning_rate, betas=run.betas, fused=fused)
-    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, int(run.warmup * run.steps)), run.steps)
+    optimization = {name: getattr(run, name) for name in ("learning_rate", "betas", "clip", "precision")}
+    take_step = Step(model.loss, parameter_groups(model, run.weight_decay), device, **optimization)
+    schedule = get_cosine_schedule_with_warmup(take_step.optimizer, max(1, int(run.warmup * run.steps)), run.steps)
     row = row_of(run, device) | {"parameters": model.parameter_count(), "state_bytes": model.lm.state_bytes(task.length)}
     history: list[tuple[int, float]] = []
     every, step = max(10, math.ceil(run.steps / 20)), 0
-    autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=run.precision == "bf16")
     for step, batch in enumerate(_training_batches(task, run, device), 1):
         check_time(until)
-        with autocast:
-            loss = model.loss(*batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), run.clip)
-        optimizer.step()
+        loss = take_step(batch)
         schedule.step()
-        optimizer.zero_grad(set_to_none=True)
         if step % every and step < run.steps:
             continue
-        if not math.isfinite(float(loss.detach())):
+        if not math.isfinite(float(loss)):
             row["status"] = "diverged"
             break
-        with autocast:
+        with take_step.autocast():
             history.append((step, round(task.score(evaluate(model, task, "validation", device, batches=1)), 5)))
         if run.target is not None and history[-1][1] >= run.target:
             break
     row |= {"steps_taken": step, "train_seconds": time.perf_counter() - started, "history": history}
     row["validation"] = history[-1][1] if history and row["status"] == "done" else None
     if row["status"] == "done":
-        with autocast:
+        with take_step.autocast():
             row["metrics"] = {name: evaluate(model, test, "test", device) for name, test in tests.items()}
-    return row | {"seconds": time.perf_counter() - started, "torch": torch.__version__}
+    return row | {"seconds": time.perf_counter() - started, "replays": take_step.replays, "torch": torch.__version__}
 
 
 def _training_batches(task: Task, run: Run, device: str) -> Iterator[tuple[Tensor, ...]]:
-    """Arguments of `TaskModel.loss` on the device; the next ones are made while the model works on these."""
+    """Arguments of `TaskModel.loss`, pinned for a GPU; the next ones are made while the model works on these."""
 
     def make(index: int) -> tuple[Tensor, ...]:
         inputs, targets, info = task.batch("train", index, run.batch_size, seed=run.seed)
@@ -217,7 +216,8 @@ def _training_batches(task: Task, run: Run, device: str) -> Iterator[tuple[Tenso
             part, asked = info.get("part", np.zeros(len(inputs), np.int64))[:, None], targets != IGNORE
             places = [np.flatnonzero(asked & (part == i)) for i in range(int(part.max()) + 1)]
             arrays = [inputs, targets.reshape(-1)[np.concatenate(places)], *places]
-        return tuple(torch.from_numpy(x).to(device, non_blocking=True) for x in arrays)
+        batch = tuple(torch.from_numpy(x) for x in arrays)
+        return tuple(x.pin_memory() for x in batch) if device.startswith("cuda") else batch
 
     if device == "cpu":
         yield from map(make, range(run.steps))

@@ -45,6 +45,11 @@ def _heads(x: Tensor | None) -> int:
     return 1 if x is None else x.shape[2]
 
 
+def _sharing(H: int, *operands: Tensor | None) -> tuple[int, ...]:
+    """How many of the H heads share one of each operand: 1, the usual number, is a constant and costs a kernel no division."""
+    return tuple(1 if x is None else H // x.shape[2] for x in operands)
+
+
 def _gate_kind(x: Tensor | None) -> int:
     """0 no gate, 1 one per token, 2 one per channel."""
     return 0 if x is None else 1 if x.shape[3] == 1 else 2
@@ -64,7 +69,7 @@ def prepare(call: DeltaCall, q, k, p, g, erase, write) -> Prepared:
     )  # fmt: skip
     operands = (q, k, p, g, erase, write)
     strides = tuple(_stride(x) for x in operands)
-    sharing = tuple(H // _heads(x) for x in operands)
+    sharing = _sharing(H, *operands)
     if call.kind == "vector":
         decayed = [new(call.B, call.T, H, K, dtype=q.dtype) for _ in range(3)]
         carry = new(NB, H, K, dtype=torch.float32)
@@ -266,7 +271,7 @@ def backward(
         ROWS=call.ragged, COL_D=K % BD != 0, COL_V=V % BV != 0, PACKED=cu is not None, IP=call.precision, num_warps=t.warps,
         maxnreg=t.registers,
     )  # fmt: skip
-    sharing = lambda *operands: tuple(H // _heads(a) for a in operands)  # 1 costs the short programs no division
+    sharing = functools.partial(_sharing, H)
     strides = tuple(_stride(a) for a in (q, k, p, do))
     inputs, kept = (q, k, p, x, y, do), (states, adjoints)
     tiles = (g, erase if _gate_kind(erase) == 2 else None) if vector else ()

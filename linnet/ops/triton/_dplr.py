@@ -11,14 +11,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from linnet.ops.triton._delta import INVERSE_TYPES, _aligned, _heads, _join, _spread, _stride, _width, _wrapped
-from linnet.ops.triton._kernel_dplr import gradients, prepare, solved, sweep
+from linnet.ops.triton._delta import INVERSE_TYPES, _aligned, _join, _sharing, _spread, _stride, _width, _wrapped
+from linnet.ops.triton._kernel_dplr import fold, gradients, prepare, solved, sweep
 from linnet.ops.triton._linear import _fold
 from linnet.ops.triton._plan import WIDEST, DplrCall, rows_of
 
 
 class Prepared(NamedTuple):
-    """What the sweeps read, then what only the gradients need (empty unless kept for them), and the decay over a chunk."""
+    """What the sweeps read, then what only the gradients need, and the decay over a chunk."""
 
     read: Tensor  # q' [B, T, H, K]
     write: Tensor  # k' [B, T, H, K]
@@ -32,21 +32,30 @@ class Prepared(NamedTuple):
     carry: Tensor  # W [NB, H, K]
 
 
-def prepared(call: DplrCall, q, k, a, b, g, save: bool) -> Prepared:
-    t, C, H, K, NB = call.tile("prepare"), call.C, call.H, call.K, call.chunks
+def prepared(call: DplrCall, q, k, a, b, g) -> Prepared:
+    C, H, K, NB = call.C, call.H, call.K, call.chunks
     new = functools.partial(torch.empty, device=q.device, dtype=q.dtype)
     rows, square = (call.B, call.T, H, K), (NB, H, C, C)
-    kept = [square, square] if save else [(0,)] * 2
-    shapes = (rows, rows, (NB, H, K, K), square, rows, rows, square, *kept)
-    ready = Prepared(*(new(shape) for shape in shapes), new(NB, H, K, dtype=torch.float32))
+    ready = Prepared(
+        *(new(shape) for shape in (rows, rows, (NB, H, K, K), square, rows, rows, square, square, square)),
+        new(NB, H, K, dtype=torch.float32),
+    )
     operands = (q, k, a, b, g)
-    BD, BN = _width(K, t.BD), _width(K, 64)
-    prepare[(NB * H,)](
-        *operands, *ready, call.cu, call.T, call.N, *(_stride(x) for x in operands), call.scale, call.floor,
-        H, *(_heads(x) for x in operands), K, triton.cdiv(K, BD), BD=BD, BN=BN, KEEP=save,
-        ROWS=call.ragged, COL=K % BN != 0, INV=INVERSE_TYPES[t.inverse],
-        num_warps=t.warps, num_stages=1, maxnreg=t.registers, **_decays(call),
+    numbers = (
+        call.cu, call.T, call.N, *(_stride(x) for x in operands), call.scale, call.floor, H, *_sharing(H, *operands), K
     )  # fmt: skip
+    matrices, BN = (ready.solve_pairs, ready.back_pairs, ready.inverse), _width(K, 64)
+
+    def launch(kernel, part: str, tensors, **options):
+        t = call.tile(part)
+        BD = _width(K, t.BD)
+        kernel[(NB * H,)](
+            *operands, *tensors, *numbers, triton.cdiv(K, BD), BD=BD, ROWS=call.ragged, COL=K % max(BD, BN) != 0, num_stages=1,
+            num_warps=t.warps, maxnreg=t.registers, **_decays(call), **options,
+        )  # fmt: skip
+
+    launch(prepare, "prepare", (ready.pairs, *matrices, ready.carry), INV=INVERSE_TYPES[call.tile("prepare").inverse])
+    launch(fold, "fold", (*matrices, ready.read, ready.write, ready.transfer, ready.solve, ready.back), BN=BN)
     return ready
 
 
@@ -75,7 +84,7 @@ def swept(
     read, write, transfer, pairs = (ready.write, ready.read, *ready[2:4]) if reverse else ready[:4]
     desc = t.descriptors and K == BD and V % BV == 0 and _aligned(read, write, values)
     store = desc and not call.ragged and states is None  # bulk stores of the states and of `out` exceed the shared memory
-    NV, heads, stride = triton.cdiv(V, BV), _heads(values), _stride(values)
+    NV, (heads,), stride = triton.cdiv(V, BV), _sharing(H, values), _stride(values)
     if desc:
         read, write = _wrapped(read, C, BD), _wrapped(write, C, BD)
         values = None if values is None else _wrapped(values, C, BV)
@@ -98,7 +107,7 @@ def solutions(call: DplrCall, ready: Prepared, v, do, states, adjoints) -> tuple
     BD, BV = _width(K, WIDEST), _width(V, t.BV)
     r, x = (torch.empty(call.B, call.T, H, V, dtype=v.dtype, device=v.device) for _ in range(2))
     products = torch.empty(4, call.chunks, H, C, C, dtype=v.dtype, device=v.device)
-    strides, heads = (_stride(v), _stride(do)), _heads(v)
+    strides, (heads,) = (_stride(v), _stride(do)), _sharing(H, v)
     rows, matrices = ready[4:6], ready[6:9]
     desc = t.descriptors and K == BD and V % BV == 0 and _aligned(v, do)
     if desc:
@@ -120,7 +129,7 @@ def forward(q, k, a, b, v, g, S0, cu, scale: float, heads: int, bound, save: boo
     S0 = None if S0 is None else S0.contiguous()
     H, K, V, NS, dtype = call.H, call.K, call.V, call.splits, q.dtype
     new = functools.partial(torch.empty, device=q.device)
-    ready = prepared(call, q, k, a, b, g, save)
+    ready = prepared(call, q, k, a, b, g)
     o = new(call.B, call.T, H, V, dtype=dtype)
     states = new(call.chunks, H, V, K, dtype=dtype) if save else None
     maps = q.new_empty(0)
@@ -178,7 +187,7 @@ def _gradients(call: DplrCall, q, k, a, b, v, r, do, x, g, products, carry, stat
     ND = triton.cdiv(K, BD)
     keys, values, gate = (q, k, a, b), (v, r, do, x), results[4] is not None
     strides = tuple(_stride(y) for y in (*keys, v, do, g))
-    heads = (H, *(_heads(y) for y in (*keys, v, g)))
+    heads = (H, *_sharing(H, *keys, v, g))
     channels = g if call.kind == "vector" else None
     desc = t.descriptors and K % BD == 0 and V == BV and _aligned(*keys, *values, channels)
     store = desc and not call.ragged and all(y.dtype == call.dtype for y in results[:4])

@@ -3,6 +3,10 @@
 import triton
 import triton.language as tl
 
+from linnet.ops.triton import _ptxas
+
+_ptxas.install()
+
 
 @triton.jit
 def split_range(cu, n, sp, T, NS, UNIT: tl.constexpr, PACKED: tl.constexpr):

@@ -152,13 +152,69 @@ def chunk_decay(
 
 @triton.jit
 def prepare(
-    q, k, a, b, g, read, write, transfer, pairs, solve, back, solve_pairs, back_pairs, inverse, carry, cu,
-    T, N, stride_q, stride_k, stride_a, stride_b, stride_g, scale, floor, H, Hq, Hk, Ha, Hb, Hg, K, ND,
-    BD: tl.constexpr, BN: tl.constexpr, C: tl.constexpr, FIRST: tl.constexpr, LEVELS: tl.constexpr, DECAY: tl.constexpr,
-    SCALAR: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr, COL: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr,
-    DT: tl.constexpr, INV: tl.constexpr, IP: tl.constexpr,
+    q, k, a, b, g, pairs, solve_pairs, back_pairs, inverse, carry, cu,
+    T, N, stride_q, stride_k, stride_a, stride_b, stride_g, scale, floor, H, Rq, Rk, Ra, Rb, Rg, K, ND,
+    BD: tl.constexpr, C: tl.constexpr, FIRST: tl.constexpr, LEVELS: tl.constexpr, DECAY: tl.constexpr, SCALAR: tl.constexpr,
+    ROWS: tl.constexpr, COL: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, DT: tl.constexpr, INV: tl.constexpr,
+    IP: tl.constexpr,
 ):  # fmt: skip
-    """q', k', E, b^ [BT, H, K], N [NB, H, K, K], P, M [NB, H, C, C], W [NB, H, K]; KEEP: A_qb, T - I. A program per chunk and head.
+    """P, M, A_qb, T - I [NB, H, C, C] and W [NB, H, K]. A program per chunk and head.
+
+    One kernel with fold(), ptxas 12.8 gave a product the wrong address in shared memory (test_compile.py looks for it).
+    """
+    h = tl.program_id(0) % H
+    chunk = tl.program_id(0) // H
+    first, length, begin = block_range(cu, chunk, T, N, C, PACKED)
+    if begin < length:
+        F: tl.constexpr = 1 << FIRST
+        row = first + begin
+        r = tl.arange(0, C)
+        i = r[:, None]
+        j = r[None, :]
+        ok = begin + r < length
+        d = tl.arange(0, BD)
+        OT: tl.constexpr = pairs.dtype.element_ty
+        index = chunk.to(tl.int64) * H + h
+        at = index * (C * C) + i * C + j
+        A_ab = tl.zeros([C, C], tl.float32)
+        A_ak = tl.zeros([C, C], tl.float32)
+        A_qb = tl.zeros([C, C], tl.float32)
+        A_qk = tl.zeros([C, C], tl.float32)
+        for block in tl.range(0, ND, num_stages=1):
+            cd = block * BD
+            gcolumn = (h // Rg) * (1 if SCALAR else K) + (0 if SCALAR else cd)
+            gb, high, low, G = chunk_decay(
+                g, row, ok, stride_g, gcolumn, K - cd, d, floor, C, F, DECAY, SCALAR, False, ROWS, COL, SPLIT, DT, IP
+            )
+            tl.store(carry + index * K + cd + d, tl.exp2(tl.sum(gb, 0) * LOG2E), mask=cd + d < K)
+            bt = tl.trans(load_tile(b, row, ok, stride_b, (h // Rb) * K + cd, K - cd, d, False, ROWS, COL))
+            kt = tl.trans(load_tile(k, row, ok, stride_k, (h // Rk) * K + cd, K - cd, d, False, ROWS, COL))
+            x = load_tile(a, row, ok, stride_a, (h // Ra) * K + cd, K - cd, d, False, ROWS, COL)
+            A_ab, A_ak = add_matrices(A_ab, A_ak, x, bt, kt, gb, high, low, G, C, FIRST, LEVELS, DECAY, True, SPLIT, DT, IP)
+            x = load_tile(q, row, ok, stride_q, (h // Rq) * K + cd, K - cd, d, False, ROWS, COL)
+            A_qb, A_qk = add_matrices(A_qb, A_qk, x, bt, kt, gb, high, low, G, C, FIRST, LEVELS, DECAY, False, SPLIT, DT, IP)
+        A_ak = tl.where(i > j, A_ak, 0.0)
+        Ah = tl.where(i >= j, A_qb * scale, 0.0).to(DT)
+        A_qk = tl.where(i >= j, A_qk * scale, 0.0)
+        X = unit_lower_inverse(tl.where(i > j, -A_ab, 0.0), C, INV, IP)
+        X = tl.where(i > j, X, 0.0).to(DT)
+        M = tl.dot(X, A_ak.to(DT), A_ak, input_precision=IP).to(DT)  # the unit diagonal of T stays exact
+        A_qk = tl.dot(Ah, M, A_qk, input_precision=IP)
+        tl.store(pairs + at, A_qk.to(OT))
+        tl.store(solve_pairs + at, M.to(OT))
+        tl.store(inverse + at, X.to(OT))
+        tl.store(back_pairs + at, Ah.to(OT))
+
+
+@triton.jit
+def fold(
+    q, k, a, b, g, solve_pairs, back_pairs, inverse, read, write, transfer, solve, back, cu,
+    T, N, stride_q, stride_k, stride_a, stride_b, stride_g, scale, floor, H, Rq, Rk, Ra, Rb, Rg, K, ND,
+    BD: tl.constexpr, BN: tl.constexpr, C: tl.constexpr, FIRST: tl.constexpr, LEVELS: tl.constexpr, DECAY: tl.constexpr,
+    SCALAR: tl.constexpr, ROWS: tl.constexpr, COL: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, DT: tl.constexpr,
+    IP: tl.constexpr,
+):  # fmt: skip
+    """q', k', E, b^ [BT, H, K] and N [NB, H, K, K]. A program per chunk and head.
 
     Only loaded and fp32 tiles are transposed: Triton miscompiles products of transposed 16-bit results.
     """
@@ -170,71 +226,37 @@ def prepare(
         row = first + begin
         row64 = row.to(tl.int64)
         r = tl.arange(0, C)
-        i = r[:, None]
-        j = r[None, :]
         ok = begin + r < length
         d = tl.arange(0, BD)
         wide = H * K
         column = h * K
         OT: tl.constexpr = read.dtype.element_ty
         index = chunk.to(tl.int64) * H + h
-        at = index * (C * C) + i * C + j
-        A_ab = tl.zeros([C, C], tl.float32)
-        A_ak = tl.zeros([C, C], tl.float32)
-        A_qb = tl.zeros([C, C], tl.float32)
-        A_qk = tl.zeros([C, C], tl.float32)
+        at = index * (C * C) + r[:, None] * C + r[None, :]
         for block in tl.range(0, ND, num_stages=1):
             cd = block * BD
-            gcolumn = (h // (H // Hg)) * (1 if SCALAR else K) + (0 if SCALAR else cd)
+            gcolumn = (h // Rg) * (1 if SCALAR else K) + (0 if SCALAR else cd)
             gb, high, low, G = chunk_decay(
                 g, row, ok, stride_g, gcolumn, K - cd, d, floor, C, F, DECAY, SCALAR, False, ROWS, COL, SPLIT, DT, IP
             )
-            tl.store(carry + index * K + cd + d, tl.exp2(tl.sum(gb, 0) * LOG2E), mask=cd + d < K)
-            bt = tl.trans(load_tile(b, row, ok, stride_b, (h // (H // Hb)) * K + cd, K - cd, d, False, ROWS, COL))
-            kt = tl.trans(load_tile(k, row, ok, stride_k, (h // (H // Hk)) * K + cd, K - cd, d, False, ROWS, COL))
-            x = load_tile(a, row, ok, stride_a, (h // (H // Ha)) * K + cd, K - cd, d, False, ROWS, COL)
-            A_ab, A_ak = add_matrices(A_ab, A_ak, x, bt, kt, gb, high, low, G, C, FIRST, LEVELS, DECAY, True, SPLIT, DT, IP)
-            x = load_tile(q, row, ok, stride_q, (h // (H // Hq)) * K + cd, K - cd, d, False, ROWS, COL)
-            A_qb, A_qk = add_matrices(A_qb, A_qk, x, bt, kt, gb, high, low, G, C, FIRST, LEVELS, DECAY, False, SPLIT, DT, IP)
-        A_ak = tl.where(i > j, A_ak, 0.0)
-        Ah = tl.where(i >= j, A_qb * scale, 0.0).to(DT)
-        A_qk = tl.where(i >= j, A_qk * scale, 0.0)
-        X = unit_lower_inverse(tl.where(i > j, -A_ab, 0.0), C, INV, IP)
-        X = tl.where(i > j, X, 0.0).to(DT)
-        M = tl.dot(X, A_ak.to(DT), A_ak, input_precision=IP).to(DT)  # the unit diagonal of T stays exact
-        A_qk = tl.dot(Ah, M, A_qk, input_precision=IP)
-        tl.store(pairs + at, A_qk.to(OT))
-        tl.store(solve_pairs + at, M.to(OT))
-        if KEEP:
-            tl.store(inverse + at, X.to(OT))
-            tl.store(back_pairs + at, Ah.to(OT))
-        tl.debug_barrier()  # what other threads of this program wrote
-        Mt = tl.trans(tl.load(solve_pairs + at))
-        # Operands and decays are loaded and summed again: kept in registers over the inverse they would spill.
-        for block in tl.range(0, ND, num_stages=1):
-            cd = block * BD
-            gcolumn = (h // (H // Hg)) * (1 if SCALAR else K) + (0 if SCALAR else cd)
-            gb, high, low, G = chunk_decay(
-                g, row, ok, stride_g, gcolumn, K - cd, d, floor, C, F, DECAY, SCALAR, False, ROWS, COL, SPLIT, DT, IP
-            )
-            x = load_tile(a, row, ok, stride_a, (h // (H // Ha)) * K + cd, K - cd, d, False, ROWS, COL).to(tl.float32)
+            x = load_tile(a, row, ok, stride_a, (h // Ra) * K + cd, K - cd, d, False, ROWS, COL).to(tl.float32)
             if DECAY:
                 if F == C:
                     x = x * tl.exp2(G - gb * LOG2E)
                 else:
                     x = x * tl.exp2(over_time(high, low, BEFORE, 0, C, F, SPLIT, IP) * LOG2E)
-            E = tl.dot(X, x.to(DT), x, input_precision=IP).to(DT)
+            E = tl.dot(tl.load(inverse + at), x.to(DT), x, input_precision=IP).to(DT)
             store_tile(solve, E.to(OT), row, row64, ok, wide, column + cd, K - cd, d, False, ROWS, COL)
-            x = load_tile(q, row, ok, stride_q, (h // (H // Hq)) * K + cd, K - cd, d, False, ROWS, COL).to(tl.float32) * scale
+            x = load_tile(q, row, ok, stride_q, (h // Rq) * K + cd, K - cd, d, False, ROWS, COL).to(tl.float32) * scale
             if DECAY:
                 if F == C:
                     x = x * tl.exp2(G)
                 else:
                     x = x * tl.exp2(over_time(high, low, UPTO, 0, C, F, SPLIT, IP) * LOG2E)
-            x = tl.dot(Ah, E, x, input_precision=IP)
+            x = tl.dot(tl.load(back_pairs + at), E, x, input_precision=IP)
             store_tile(read, x.to(OT), row, row64, ok, wide, column + cd, K - cd, d, False, ROWS, COL)
-            x = load_tile(b, row, ok, stride_b, (h // (H // Hb)) * K + cd, K - cd, d, False, ROWS, COL)
-            y = load_tile(k, row, ok, stride_k, (h // (H // Hk)) * K + cd, K - cd, d, False, ROWS, COL).to(tl.float32)
+            x = load_tile(b, row, ok, stride_b, (h // Rb) * K + cd, K - cd, d, False, ROWS, COL)
+            y = load_tile(k, row, ok, stride_k, (h // Rk) * K + cd, K - cd, d, False, ROWS, COL).to(tl.float32)
             if DECAY:
                 if F == C:
                     far = tl.exp2((tl.sum(gb, 0) * LOG2E)[None, :] - G)
@@ -243,7 +265,7 @@ def prepare(
                 x = (x * far).to(DT)
                 y = y * far
             store_tile(back, x.to(OT), row, row64, ok, wide, column + cd, K - cd, d, False, ROWS, COL)
-            y = tl.dot(Mt, x, y, input_precision=IP)
+            y = tl.dot(tl.trans(tl.load(solve_pairs + at)), x, y, input_precision=IP)
             store_tile(write, y.to(OT), row, row64, ok, wide, column + cd, K - cd, d, False, ROWS, COL)
         tl.debug_barrier()
         n = tl.arange(0, BN)
@@ -261,7 +283,7 @@ def prepare(
 @triton.jit
 def sweep(
     read, write, values, transfer, pairs, carry, out, states, S_in, S_out, cu,
-    T, stride_v, H, Hv, H_in, H_out, K, V, NV, NS,
+    T, stride_v, H, Rv, H_in, H_out, K, V, NV, NS,
     BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr, REV: tl.constexpr, VALUES: tl.constexpr,
     KEEP: tl.constexpr, OUT: tl.constexpr, DESC: tl.constexpr, STORE: tl.constexpr, ROWS: tl.constexpr, COL_D: tl.constexpr,
     COL_V: tl.constexpr, PACKED: tl.constexpr, HAS_IN: tl.constexpr, FIRST: tl.constexpr, IP: tl.constexpr,
@@ -306,7 +328,7 @@ def sweep(
         w = tl.load(carry + index.to(tl.int64) * K + d, mask=d < K, other=0.0)
         S = tl.dot(Sh, step if REV else tl.trans(step), S * w[None, :], input_precision=IP)
         if VALUES:
-            vt = tl.trans(load_tile(values, row, ok, stride_v, (h // (H // Hv)) * V + cv, V - cv, v, DESC, ROWS, COL_V))
+            vt = tl.trans(load_tile(values, row, ok, stride_v, (h // Rv) * V + cv, V - cv, v, DESC, ROWS, COL_V))
             S = tl.dot(vt, load_tile(write, row, ok, H * K, h * K, K, d, DESC, ROWS, COL_D), S, input_precision=IP)
         if OUT:
             O = tl.dot(Sh, tl.trans(load_tile(read, row, ok, H * K, h * K, K, d, DESC, ROWS, COL_D)), input_precision=IP)
@@ -334,7 +356,7 @@ def product(x, y, row, ok, stride_x, stride_y, column_x, column_y, V, z, NV, DX:
 @triton.jit
 def solved(
     v, do, solve, back, solve_pairs, back_pairs, inverse, S, Z, r, x, products, cu,
-    T, N, NB, stride_v, stride_o, scale, H, Hv, K, V, NV,
+    T, N, NB, stride_v, stride_o, scale, H, Rv, K, V, NV,
     BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DESC: tl.constexpr, ROWS: tl.constexpr, COL_D: tl.constexpr,
     COL_V: tl.constexpr, PACKED: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
@@ -352,7 +374,7 @@ def solved(
         z = tl.arange(0, BV)
         ok = tl.arange(0, C) < left
         index = chunk * H + h
-        vcolumn = (h // (H // Hv)) * V
+        vcolumn = (h // Rv) * V
         for block in tl.range(0, NV, num_stages=1):
             cv = block * BV
             eb = load_tile(solve, row, ok, H * K, h * K, K, d, DESC, ROWS, COL_D)
@@ -463,8 +485,8 @@ def writer(
 @triton.jit
 def gradients(
     q, k, a, b, v, r, do, dr, g, products, carry, S, Z, dq, dk, da, db, dg, cu,
-    T, N, NB, stride_q, stride_k, stride_a, stride_b, stride_v, stride_o, stride_g, scale, floor, zero, H, Hq, Hk, Ha, Hb, Hv,
-    Hg, K, V, ND,
+    T, N, NB, stride_q, stride_k, stride_a, stride_b, stride_v, stride_o, stride_g, scale, floor, zero, H, Rq, Rk,
+    Ra, Rb, Rv, Rg, K, V, ND,
     BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, FIRST: tl.constexpr, LEVELS: tl.constexpr, DECAY: tl.constexpr,
     SCALAR: tl.constexpr, GATE: tl.constexpr, DESC: tl.constexpr, STORE: tl.constexpr, ROWS: tl.constexpr, COL_D: tl.constexpr,
     COL_V: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, DT: tl.constexpr, IP: tl.constexpr,
@@ -492,11 +514,11 @@ def gradients(
         OT: tl.constexpr = dq.dtype if STORE else dq.dtype.element_ty
         wide = H * K
         column = h * K + cd
-        qcolumn = (h // (H // Hq)) * K + cd
-        kcolumn = (h // (H // Hk)) * K + cd
-        acolumn = (h // (H // Ha)) * K + cd
-        bcolumn = (h // (H // Hb)) * K + cd
-        gcolumn = (h // (H // Hg)) * (1 if SCALAR else K) + (0 if SCALAR else cd)
+        qcolumn = (h // Rq) * K + cd
+        kcolumn = (h // Rk) * K + cd
+        acolumn = (h // Ra) * K + cd
+        bcolumn = (h // Rb) * K + cd
+        gcolumn = (h // Rg) * (1 if SCALAR else K) + (0 if SCALAR else cd)
         P_qk = square(products, index, C, DESC)
         P_qb = square(products, index + count, C, DESC)
         P_ak = square(products, index + 2 * count, C, DESC)
@@ -545,7 +567,7 @@ def gradients(
         qb = load_tile(q, row, ok, stride_q, qcolumn, K - cd, d, DESC, ROWS, COL_D)
         ab = load_tile(a, row, ok, stride_a, acolumn, K - cd, d, DESC, ROWS, COL_D)
         x = load_tile(k, row, ok, stride_k, kcolumn, K - cd, d, DESC, ROWS, COL_D)
-        y = load_tile(v, row, ok, stride_v, (h // (H // Hv)) * V, V, z, DESC, ROWS, COL_V)
+        y = load_tile(v, row, ok, stride_v, (h // Rv) * V, V, z, DESC, ROWS, COL_V)
         if WHOLE:
             if DECAY:
                 E += zero

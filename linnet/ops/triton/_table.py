@@ -104,6 +104,7 @@ DELTA_WIDE = {  # key or value heads of 129 to 256 channels
 DELTA_FP32 = DeltaTile(C=32, BV=32, BD=64, warps=4, stages=1, descriptors=False, inverse="float32")
 DPLR = {
     "prepare": DeltaTile(BD=32),
+    "fold": DeltaTile(BD=32),
     "forward": SWEEP,
     "backward": SWEEP,
     "solved": DeltaTile(),
