@@ -101,10 +101,14 @@ def last_of_rows(x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None) -
 
 def linear_attention(
     core: Callable, q, k, v, log_decay, log_gain, bonus, read, normalizer, normalizer_eps, return_normalizer, steps_per_token,
-    scale, log_decay_min, initial_state, return_state, cu_seqlens, tiles: bool = False, **tuning,
+    scale, log_decay_min, initial_state, return_state, cu_seqlens, tiles: bool = False, normalized: Callable | None = None,
+    maximum: Callable = running_maximum, **tuning,
 ):  # fmt: skip
     """tiles: the core multiplies tiles of the operands' own dtype: gated keys keep it, and the normalizer is a call of its own
-    (one more value channel would be one more tile)."""
+    (one more value channel would be one more tile).
+    normalized(q, k, v, g, gain, least, cu_seqlens, scale, heads, floor) -> None, or o / max(|n|, least) (floor) or o / (n + least),
+    n [B, T, H], S, z: a core with gain (relative to the running maximum) and normalizer, from no state, read after the step.
+    maximum: `running_maximum` or what computes the same."""
     B, T = q.shape[:2]
     n, before, out_dtype = steps_per_token, read == "before", v.dtype
     dtype = accumulate_dtype(q, log_decay, log_gain)
@@ -120,19 +124,34 @@ def linear_attention(
     if log_gain is not None:
         i = expand_heads(log_gain.to(dtype), heads)
         g_top = None if g is None else expand_heads(g.detach().amax(-1), heads)
-        m, previous = running_maximum(g_top, i, m0, cu_steps)
+        m, previous = maximum(g_top, i, m0, cu_steps)
         safe = m.masked_fill(m == -torch.inf, 0.0)
         change = (previous - safe).unsqueeze(-1)
         g = change if g is None else expand_heads(g, heads) + change
-        k_hat = gate((i - safe).exp(), k.to(dtype))
-        if tiles:
-            k_hat = k_hat.to(k.dtype)
         m_read = last_steps(m, n, first=False)
         if before:  # relative to the maximum of the state before the token and the token's own gains
             m_state = last_steps(previous, n, first=True)
             m_read = torch.maximum(m_state.detach(), i.detach().unflatten(1, (T, n)).amax(2))
             safe_read = m_read.masked_fill(m_read == -torch.inf, 0.0)
             factor, own_gain = (m_state - safe_read).exp(), (i.unflatten(1, (T, n)) - safe_read.unsqueeze(2)).exp().flatten(1, 2)
+    H = max(q.shape[2], heads)
+    least = None
+    if normalizer is not None:
+        least = _least_divisor(normalizer, normalizer_eps, q.new_zeros(1, 1, 1, dtype=dtype) if m_read is None else m_read)
+    if normalized is not None and least is not None and n == 1 and not before and bonus is None and not initial_state:
+        gain = None if log_gain is None else (i - safe).unsqueeze(-1)
+        done = normalized(q, k, v, g, gain, least, cu_seqlens, scale, heads, normalizer == "floor")
+        if done is not None:
+            o, total, S, z = done
+            state = None if not return_state else (S, z) if log_gain is None else (S, z, last_of_rows(m, m0, cu_seqlens))
+            if not return_normalizer:
+                return o, state
+            denominator = _divisor(normalizer, total, expand_heads(least, H))
+            return o, state, (denominator, _top(m_read, denominator))
+    if log_gain is not None:
+        k_hat = gate((i - safe).exp(), k.to(dtype))
+        if tiles:
+            k_hat = k_hat.to(k.dtype)
     value = v
     if normalizer is not None and not tiles:
         value = F.pad(v.to(k_hat.dtype), (0, 1), value=1.0)
@@ -147,7 +166,6 @@ def linear_attention(
     o = last_steps(o, n, first=before)
     if not (log_gain is None and bonus is None and normalizer is None):  # arithmetic follows
         o = o.to(dtype)
-    H = max(q.shape[2], heads)
     if factor is not None:
         o = o * expand_heads(factor, H).unsqueeze(-1)
     if bonus is not None:
@@ -157,25 +175,35 @@ def linear_attention(
             weight = weight * expand_heads(own_gain, H).unflatten(1, (T, n))
         own = F.pad(v.to(dtype), (0, 1), value=1.0) if normalizer is not None else v.to(dtype)
         o = o + (weight.unsqueeze(-1) * expand_heads(own, H).unflatten(1, (T, n))).sum(2)
-    top = torch.zeros(1, dtype=dtype, device=q.device) if m_read is None else expand_heads(m_read, H)
     denominator = None
     if normalizer is not None:
-        o, denominator = o[..., :-1], o[..., -1]
-        if normalizer == "sum":
-            if normalizer_eps:  # 0 * e^{-m} would be NaN once e^{-m} overflows
-                denominator = denominator + normalizer_eps * (-top).exp()
-        else:
-            denominator = torch.maximum(denominator.abs(), (-top).exp())
+        o, denominator = o[..., :-1], _divisor(normalizer, o[..., -1], expand_heads(least, H))
         o = o / denominator.unsqueeze(-1)
     elif m_read is not None:
-        o = o * top.exp().unsqueeze(-1)
+        o = o * expand_heads(m_read, H).exp().unsqueeze(-1)
     state = None
     if return_state:
         state = (S,) if normalizer is None else (S[..., :-1], S[..., -1])
         if log_gain is not None:
             state = (*state, last_of_rows(m, m0, cu_steps))
     o = o.to(out_dtype)
-    return (o, state, (denominator, top.expand_as(denominator))) if return_normalizer else (o, state)
+    return (o, state, (denominator, _top(m_read, denominator))) if return_normalizer else (o, state)
+
+
+def _least_divisor(normalizer: str, eps: float, m: Tensor) -> Tensor:
+    """What a divisor is at least ("floor"), or contains beside the sum, relative to the running maximum m."""
+    if normalizer == "floor":
+        return (-m).exp()
+    return eps * (-m).exp() if eps else torch.zeros_like(m)  # 0 * e^{-m} would be NaN once e^{-m} overflows
+
+
+def _divisor(normalizer: str, total: Tensor, least: Tensor) -> Tensor:
+    return torch.maximum(total.abs(), least) if normalizer == "floor" else total + least
+
+
+def _top(m: Tensor | None, like: Tensor) -> Tensor:
+    """The running maximum, per head of `like`."""
+    return torch.zeros_like(like) if m is None else expand_heads(m, like.shape[2])
 
 
 def delta_rule(

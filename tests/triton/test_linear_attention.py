@@ -13,7 +13,7 @@ import torch
 from accuracy import error
 
 import linnet.ops as ops
-from linnet.ops.triton import _table
+from linnet.ops.triton import _plan, _table
 
 FP32, BF16 = 2e-5, 5e-3
 
@@ -40,12 +40,8 @@ def operands(device, T, K=16, V=16, B=2, heads=(2, 1, 2, 1), kind="scalar", stre
 
 def values_and_gradients(x, state, backend, dtype=None, **options):
     leaves = {n: a.to(dtype or a.dtype).detach().requires_grad_() for n, a in {**x, "state": state}.items()}
-    q, k, v, *g = [a for n, a in leaves.items() if n != "state"]
     o, (S, *rest) = ops.linear_attention(
-        q,
-        k,
-        v,
-        *g,
+        **{n: a for n, a in leaves.items() if n != "state"},
         initial_state=leaves["state"] if "normalizer" not in options else None,
         return_state=True,
         backend=backend,
@@ -55,7 +51,8 @@ def values_and_gradients(x, state, backend, dtype=None, **options):
         leaves.pop("state")
     rng = torch.Generator().manual_seed(5)
     weigh = lambda a: (a * torch.randn(a.shape, generator=rng).to(x["v"].dtype).to(a)).sum()
-    grads = torch.autograd.grad(weigh(o) + weigh(S), list(leaves.values()))
+    loss = weigh(o) + weigh(S) + (weigh(rest[0]) if "normalizer" in options else 0.0)
+    grads = torch.autograd.grad(loss, list(leaves.values()))
     return {"o": o.detach(), "S": S.detach(), **{"d" + n: a for n, a in zip(leaves, grads, strict=True)}}
 
 
@@ -130,11 +127,26 @@ def test_gain_with_a_normalizer_and_shared_heads(device):
     assert_is_the_recurrence(x, state, log_gain=gain, normalizer="floor", cu_seqlens=cu)
 
 
+@pytest.mark.parametrize("normalizer", ["sum", "floor"])
+@pytest.mark.parametrize("gained", [False, True])
+@pytest.mark.parametrize("kind", ["none", "scalar"])
+def test_normalizer_in_the_kernels(device, monkeypatch, kind, gained, normalizer):
+    monkeypatch.setattr(_plan, "SHORT", 0)  # blocks of several chunks between the states that the gate's gradient uses
+    x, state = operands(device, 170, 16, 24, kind=kind, B=1, heads=(1, 1, 1, 1), strength=0.1)
+    if normalizer == "sum":
+        x["q"], x["k"] = x["q"].abs(), x["k"].abs()
+    if gained:
+        x["log_gain"] = torch.randn(1, 170, 1, generator=torch.Generator().manual_seed(1)).to(device)
+    assert_is_the_recurrence(x, state, normalizer=normalizer, normalizer_eps=0.3)
+
+
 @pytest.mark.gpu
-def test_gain_keeps_sixteen_bits():
-    x, state = operands("cuda", 500, 128, 128, kind="scalar", dtype=torch.bfloat16)
-    gain = torch.randn(2, 500, 2, generator=torch.Generator().manual_seed(1)).cuda()
-    assert_is_the_recurrence(x, state, limit=BF16, log_gain=gain, normalizer="floor")
+@pytest.mark.parametrize(("T", "K", "V"), [(500, 128, 128), (1500, 64, 96)])
+def test_gain_keeps_sixteen_bits(T, K, V):
+    """The divisor's kink makes gradients near |n| = floor as uncertain as n: a high floor keeps to what rounding explains."""
+    x, state = operands("cuda", T, K, V, kind="scalar", dtype=torch.bfloat16)
+    x["log_gain"] = torch.randn(2, T, 2, generator=torch.Generator().manual_seed(1)).cuda() - 4
+    assert_is_the_recurrence(x, state, limit=BF16, normalizer="floor")
 
 
 @pytest.mark.parametrize("kind", ["scalar", "vector"])

@@ -8,6 +8,13 @@ Grid: one program per (row of the state, split of its time, head, block of the c
 its chunks of C tokens and keeps its tile of the state in fp32 registers. Device memory is read once per tile; nothing of size
 T x C or T/C x K x V is stored, except in the dq role when the gate needs a gradient: one state per L = C*M tokens (16 bit).
 
+Gain. A token's log-gain i multiplies what it writes: its sum of decays G becomes G - i wherever it is a key.
+
+Normalizer. n_t = scale * sum_s Gamma(t, s) q_t . k_s is one more value column, of ones: `ONES` says where a role sees it.
+    1 (o): one more output, by which the others are divided: |n| or at least `low` (FLOOR), or n + low
+    2 (dq): one more channel of D, dn_t at the query, one at the key      3 (dk): the same, read the other way
+Its part of the state is a vector, s, over D (1) or Z (2, 3).
+
 Gate. dg_t = D_end + sum_{t' >= t, same block} (q.dq - k.dk)_{t'}, with D_end = <S, R> at the end of the block of L tokens (formed
 without cancellation, see `gate_kernel`): the sum never runs over more than L tokens, both roles round the same products
 in the same way, and the pairs t' = t, which would cancel, are left out of both.
@@ -37,19 +44,21 @@ RESET = tl.constexpr(-160.0)  # 2^-160 is zero in fp32: below it a decay is a re
 
 @triton.jit
 def scalar_role(
-    x, y, z, G_sum, P_sum, C_sum, o, other, weights, S_in, S_out, blocks, products, cu,
+    x, y, z, G_sum, P_sum, C_sum, K_sum, o, other, weights, S_in, S_out, blocks, products, ones, low, s_in, s_out, s_blocks, cu,
     T, BT, G_width, chunk_count, stride_x, stride_y, stride_z, stride_other, scale, scale_in, scale_out,
     H, Hx, Hy, Hz, Hg, Ho, H_in, H_out, D, Z, in_d, in_z, ND, NZ, NS,
     BD: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr, M: tl.constexpr, STAGES: tl.constexpr, TR: tl.constexpr,
     REV: tl.constexpr, EXCL: tl.constexpr, DECAY: tl.constexpr, OUT: tl.constexpr, DESC: tl.constexpr, ROWS: tl.constexpr,
     COL_D: tl.constexpr, COL_Z: tl.constexpr, PACKED: tl.constexpr, GATE: tl.constexpr, HAS_IN: tl.constexpr, FIRST: tl.constexpr,
     HAS_OUT: tl.constexpr, OUT_DESC: tl.constexpr, BLOCKS: tl.constexpr, BLOCKS_DESC: tl.constexpr, F64: tl.constexpr,
-    G_DESC: tl.constexpr, STORE: tl.constexpr, IP: tl.constexpr,
+    G_DESC: tl.constexpr, STORE: tl.constexpr, GAIN: tl.constexpr, ONES: tl.constexpr, ONES_IN: tl.constexpr, FLOOR: tl.constexpr,
+    IP: tl.constexpr,
 ):  # fmt: skip
     """One role. GATE: also write sum_z other * (out without s = t). BLOCKS: 1 store, 2 multiply with, the states at block ends.
 
     S_in [rows*NS, H_in, K, V] (in_d, in_z: strides of D and Z) enters times scale_in, only into the first head of a group if
     FIRST; S_out is written times scale_out. Without OUT only the state (from zero) and its total decay (`weights`) are written.
+    ones [H, BT]: n for ONES 1, dn for 2 and 3; low [Hg, BT]; s_in, s_out like S_in and S_out; s_blocks: s where `blocks` has S.
     """
     pid = tl.program_id(0)
     iz = pid % NZ
@@ -81,6 +90,15 @@ def scalar_role(
         if FIRST:
             mask = mask & (h % (H // H_in) == 0)
         S = tl.load(at, mask=mask, other=0.0).to(tl.float32) * scale_in
+    if ONES == 1:
+        s = tl.zeros([BD], tl.float32)
+    if ONES > 1:
+        s = tl.zeros([BZ], tl.float32)
+        if ONES_IN:
+            mask = cz + zz < Z
+            if FIRST:
+                mask = mask & (h % (H // H_in) == 0)
+            s = tl.load(s_in + (part * H_in + h // (H // H_in)) * Z + cz + zz, mask=mask, other=0.0) * scale_in
     chunks = (length + C - 1) // C
     block0 = first_block(cu, n, T, C * M, PACKED) + begin // (C * M)
     total = tl.zeros([1], GT)
@@ -100,6 +118,8 @@ def scalar_role(
                 P = load_sums(P_sum, hg, row, r, ok, G_width, C, G_DESC)
             else:
                 P = G
+            if GAIN:
+                G = load_sums(K_sum, hg, row, r, ok, G_width, C, G_DESC)
             GC = tl.load(C_sum + hg.to(tl.int64) * chunk_count + (block0 * M + c))
             w_query = tl.exp2(P.to(tl.float32))
             w_key = tl.exp2(tl.minimum(GC - G, 0.0).to(tl.float32))
@@ -112,12 +132,24 @@ def scalar_role(
             else:
                 A = tl.dot(xb, tl.trans(yb), input_precision=IP)
                 O = tl.dot(xb.to(ST), S.to(ST), input_precision=IP)
+            if ONES > 1:
+                dn = tl.load(ones + h.to(tl.int64) * BT + row + r, mask=ok, other=0.0)
+                if (ONES == 2) == TR:
+                    A += dn[None, :]
+                else:
+                    A += dn[:, None]
+                if TR:
+                    O += (dn[None, :] if ONES == 2 else 1.0) * s[:, None]
+                else:
+                    O += (dn[:, None] if ONES == 2 else 1.0) * s[None, :]
             if EXCL or GATE:
                 keep = out_i < in_i if REV else out_i > in_i
             else:
                 keep = out_i <= in_i if REV else out_i >= in_i
             if GATE and not EXCL:
                 own = tl.sum(tl.where(out_i == in_i, A, 0.0), 0 if TR else 1)
+                if GAIN:
+                    own = own * tl.exp2(P - G)
             if DECAY:
                 if TR != REV:
                     e = P[None, :] - G[:, None]
@@ -126,7 +158,13 @@ def scalar_role(
                 A = A * tl.exp2(tl.minimum(e, 0.0).to(tl.float32))
                 w_out = w_key if REV else w_query
                 O = O * (w_out[None, :] if TR else w_out[:, None])
-            A = tl.where(keep, A, 0.0).to(DT)
+            A = tl.where(keep, A, 0.0)
+            if ONES == 1:
+                count = tl.sum(xb.to(tl.float32) * s[None, :], 1)
+                if DECAY:
+                    count = count * w_query
+                count = (count + tl.sum(A, 0 if TR else 1)) * scale
+            A = A.to(DT)
             if GATE:
                 ub = load_tile(other, row, ok, stride_other, (h // (H // Ho)) * Z + cz, Z - cz, zz, DESC, ROWS, COL_Z).to(
                     tl.float32
@@ -144,6 +182,9 @@ def scalar_role(
                         )
                         * carry
                     )
+                    if ONES == 3:
+                        at_s = s_blocks + ((block0 + c // M).to(tl.int64) * H + h) * Z + cz + zz
+                        SR += tl.sum(s * tl.load(at_s, mask=cz + zz < Z, other=0.0), 0) * carry
                     tl.store(products + ((block0 + c // M).to(tl.int64) * H + h) * (ND * NZ) + id * NZ + iz, SR * scale)
                     tl.store(wp + h.to(tl.int64) * 0 + ND * NZ * H * BT, tl.sum(ub * O, 0 if TR else 1) * scale, mask=ok)
                     if TR:
@@ -161,9 +202,21 @@ def scalar_role(
                 tl.store(wp, weight * scale, mask=ok)
                 if not EXCL:
                     if TR:
-                        O += own[None, :] * tl.trans(zb).to(tl.float32)
+                        own = own[None, :] * tl.trans(zb).to(tl.float32)
                     else:
-                        O += own[:, None] * zb.to(tl.float32)
+                        own = own[:, None] * zb.to(tl.float32)
+                    if GAIN and REV:
+                        tl.store(wp + h.to(tl.int64) * 0 + 2 * ND * NZ * H * BT, tl.sum(ub * own, 0 if TR else 1) * scale, mask=ok)
+                    O += own
+            if ONES == 1:
+                if iz == 0:
+                    tl.store(ones + h.to(tl.int64) * BT + row + r, count, mask=ok)
+                least = tl.load(low + (h // (H // Hg)).to(tl.int64) * BT + row + r, mask=ok, other=1.0)
+                if FLOOR:
+                    count = tl.maximum(tl.abs(count), least)
+                else:
+                    count += least
+                O = O / (count[None, :] if TR else count[:, None])
             ob = (O * scale).to(OT)
             if TR:
                 ob = tl.trans(ob)
@@ -171,6 +224,8 @@ def scalar_role(
         if BLOCKS == 1:
             if (c + 1) % M == 0 or c == chunks - 1:
                 save_block(blocks, S, (block0 + c // M) * H + h, cd, cz, d, zz, D, Z, BLOCKS_DESC, TR)
+                if ONES == 2:
+                    tl.store(s_blocks + ((block0 + c // M).to(tl.int64) * H + h) * Z + cz + zz, s, mask=cz + zz < Z)
         if DECAY:
             w_in = w_query if REV else w_key
             if TR:
@@ -182,6 +237,16 @@ def scalar_role(
                 total += GC
         else:
             zt = tl.trans(zb) if TR else zb
+        if ONES > 0:
+            if DECAY:
+                s = s * carry
+            if ONES == 1:
+                s += tl.sum(yb.to(tl.float32) * w_in[:, None] if DECAY else yb.to(tl.float32), 0)
+            else:
+                w = dn if ONES == 3 else tl.full([C], 1.0, tl.float32)
+                if DECAY:
+                    w = w * w_in
+                s += tl.sum(tl.trans(zb).to(tl.float32) * w[None, :], 1) if TR else tl.sum(zb.to(tl.float32) * w[:, None], 0)
         if TR:
             S = tl.dot(zt, yb, S, input_precision=IP)
         else:
@@ -189,6 +254,9 @@ def scalar_role(
         if HAS_OUT and not OUT_DESC:  # in the loop: a store behind it would impose its layout on the state in every iteration
             if j == chunks - 1:
                 save_state(S_out, S * scale_out, part, h, H, H_out, cd + d, cz + zz, D, Z, in_d, in_z, TR)
+    if ONES == 1:
+        if iz == 0 and h % (H // H_out) == 0:
+            tl.store(s_out + (part * H_out + h // (H // H_out)) * D + cd + d, s * scale_out, mask=cd + d < D)
     if OUT_DESC:
         rep = H // H_out
         if h % rep == 0:
@@ -201,10 +269,11 @@ def scalar_role(
 
 @triton.jit
 def sums_kernel(
-    g, G_sum, P_sum, C_sum, cu, T, BT, N, stride_g, chunk_count, C: tl.constexpr, M: tl.constexpr, EXCL: tl.constexpr,
-    PACKED: tl.constexpr, F64: tl.constexpr
+    g, gain, G_sum, P_sum, C_sum, K_sum, cu, T, BT, N, stride_g, stride_gain, chunk_count, C: tl.constexpr, M: tl.constexpr,
+    EXCL: tl.constexpr, PACKED: tl.constexpr, F64: tl.constexpr, GAIN: tl.constexpr,
 ):  # fmt: skip
-    """Base-2 sums of log-decays from the start of every chunk, through the token (G) and before it (P), and over every chunk."""
+    """Base-2 sums of log-decays from the start of every chunk, through the token (G) and before it (P), and over every chunk;
+    K = G - gain where there is one."""
     block = tl.program_id(0)
     h = tl.program_id(1)
     first, length, begin = block_range(cu, block, T, N, C * M, PACKED)
@@ -219,6 +288,36 @@ def sums_kernel(
         tl.store(C_sum + h.to(tl.int64) * chunk_count + block * M + tl.arange(0, M), tl.sum(gv, 1))
         if EXCL:
             tl.store(P_sum + h.to(tl.int64) * BT + rows, G - gv, mask=ok)
+        if GAIN:
+            i = tl.maximum(tl.load(gain + rows * stride_gain + h, mask=ok, other=0.0).to(GT) * LOG2E, RESET)
+            tl.store(K_sum + h.to(tl.int64) * BT + rows, G - i, mask=ok)
+
+
+@triton.jit
+def decayed_maximum(g1, m1, g2, m2):
+    return g1 + g2, tl.maximum(m1 + g2, m2)
+
+
+@triton.jit
+def maximum_kernel(
+    g, i, m, previous, cu, T, stride_g, H, Hg, HAS_G: tl.constexpr, PACKED: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """m_t = max(m_{t-1} + g_t, i_t) and m_{t-1} [B*T, H], from -inf at the start of every row; i [B*T, H]."""
+    h = tl.program_id(0) % H
+    first, length, _ = split_range(cu, tl.program_id(0) // H, 0, T, 1, C, PACKED)
+    r = tl.arange(0, C)
+    top = float("-inf")
+    for c in tl.range(0, length, C):
+        ok = c + r < length
+        row = (first + c + r).to(tl.int64)
+        x = tl.load(i + row * H + h, mask=ok, other=float("-inf"))
+        d = tl.load(g + row * stride_g + h // (H // Hg), mask=ok, other=0.0) if HAS_G else tl.zeros([C], tl.float32)
+        before = tl.where(r == 0, top, float("-inf"))  # enters as a maximum of the first token
+        total, best = tl.associative_scan((d, tl.maximum(x, before + d)), 0, decayed_maximum)
+        tl.store(m + row * H + h, best, mask=ok)
+        tl.store(previous + row * H + h, top, mask=ok & (r == 0))
+        tl.store(previous + (row + 1) * H + h, best, mask=(c + r + 1 < length) & (r + 1 < C))
+        top = tl.max(tl.where(r == C - 1, best, float("-inf")), 0)
 
 
 @triton.jit
@@ -227,6 +326,7 @@ def gate_kernel(
     key,
     products,
     dg,
+    dgain,
     cu,
     T,
     BT,
@@ -239,8 +339,9 @@ def gate_kernel(
     C: tl.constexpr,
     EXCL: tl.constexpr,
     PACKED: tl.constexpr,
+    GAIN: tl.constexpr,
 ):
-    """dg [B*T, Hg] from partial sums: query [NQ, H, B*T], key [2, NK, H, B*T], products.
+    """dg and, with a gain, dgain = k.dk [B*T, Hg] from partial sums: query [NQ, H, B*T], key [2, NK, H, B*T], products.
 
     dg_t = product of the states around the block's last chunk + sum of what tokens before t in that chunk send beyond it
            + sum_{t' >= t} (q.dq - k.dk)_{t'}, without what the last chunk sends beyond the block (that is key[1]): no
@@ -260,6 +361,7 @@ def gate_kernel(
         else:
             ok_query = ok
         acc = tl.zeros([L], tl.float32)
+        gains = tl.zeros([L], tl.float32)
         for i in range(0, H // Hg):
             h = hg * (H // Hg) + i
             wq = tl.zeros([L], tl.float32)
@@ -272,9 +374,43 @@ def gate_kernel(
                 wk += tl.load(key + (p * H + h).to(tl.int64) * BT + rows, mask=ok, other=0.0)
                 state_part = key + ((NK + p) * H + h).to(tl.int64) * BT + rows
                 ws += tl.load(state_part - 1, mask=ok & (r > last), other=0.0)
+                if GAIN:
+                    gains += tl.load(state_part, mask=ok & (r >= last), other=0.0)
+                    gains += tl.load(state_part + NK * H * BT, mask=ok, other=0.0)
                 D += tl.load(products + (block.to(tl.int64) * H + h) * NK + p)
             acc += tl.cumsum(wq - wk, 0, reverse=True) + tl.cumsum(ws, 0) + D
+            gains += wk
         tl.store(dg + rows * Hg + hg, acc, mask=ok)
+        if GAIN:
+            tl.store(dgain + rows * Hg + hg, gains, mask=ok)
+
+
+@triton.jit
+def undivided_kernel(
+    dh, h, n, low, dn_in, do, dn, BT, stride, V, Hg, H, FLOOR: tl.constexpr, ADD: tl.constexpr, R: tl.constexpr,
+    BV: tl.constexpr,
+):  # fmt: skip
+    """Backward of h = o / d, d = max(|n|, low) or n + low: do = dh / d, dn = dn_in - sign(n) (h . dh) / d where d depends on n."""
+    row = tl.program_id(0) * R + tl.arange(0, R)
+    head = tl.program_id(1)
+    v = tl.arange(0, BV)
+    ok = row < BT
+    mask = ok[:, None] & (v < V)[None, :]
+    at = row.to(tl.int64)[:, None] * (H * V) + head * V + v[None, :]
+    g = tl.load(dh + row.to(tl.int64)[:, None] * stride + head * V + v[None, :], mask=mask, other=0.0).to(tl.float32)
+    flow = tl.sum(g * tl.load(h + at, mask=mask, other=0.0).to(tl.float32), 1)
+    count = tl.load(n + head.to(tl.int64) * BT + row, mask=ok, other=1.0)
+    least = tl.load(low + (head // (H // Hg)).to(tl.int64) * BT + row, mask=ok, other=1.0)
+    if FLOOR:
+        d = tl.maximum(tl.abs(count), least)
+        flow = tl.where(tl.abs(count) > least, tl.where(count < 0, -flow, flow), 0.0)
+    else:
+        d = count + least
+    tl.store(do + at, (g / d[:, None]).to(do.dtype.element_ty), mask=mask)
+    out = -flow / d
+    if ADD:
+        out += tl.load(dn_in + head.to(tl.int64) * BT + row, mask=ok, other=0.0)
+    tl.store(dn + head.to(tl.int64) * BT + row, out, mask=ok)
 
 
 @triton.jit

@@ -10,16 +10,26 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from linnet.ops.triton import _table
-from linnet.ops.triton._kernel_scalar import gate_kernel, join_kernel, scalar_role, sums_kernel
+from linnet.ops.triton._kernel_scalar import (
+    gate_kernel,
+    join_kernel,
+    maximum_kernel,
+    scalar_role,
+    sums_kernel,
+    undivided_kernel,
+)
 from linnet.ops.triton._kernel_vector import pairs_kernel, vector_role
 from linnet.ops.triton._plan import Call, rows_of
 
 
 def _role(
     call: Call, role: str, x, y, z, *, heads=None, out=None, splits=1, S_in=None, first=False, scale_in=1.0, S_out=None,
-    scale_out=1.0, other=None, weights=None, inter=None, dg=None, blocks=None, products=None, total=None,
+    scale_out=1.0, other=None, weights=None, inter=None, dg=None, blocks=None, products=None, total=None, normalizer=None,
 ):  # fmt: skip
-    """Launch one role. x None: only the state and its total decay. Returns the number of partial results per output."""
+    """Launch one role. x None: only the state and its total decay. Returns the number of partial results per output.
+
+    normalizer: the operands ones, low, s_in, s_out, s_blocks of `scalar_role`, and floor.
+    """
     t = call.tile(role)
     H = call.H if heads is None else heads
     D, Z = y.shape[3], z.shape[3]
@@ -82,24 +92,26 @@ def _role(
             STORE=store, IP=precision, **shared,
         )  # fmt: skip
     else:
-        G, P, C_sum = _sums(call) if call.kind == "scalar" else (None, None, None)
+        G, P, C_sum, K_sum = _sums(call) if call.kind == "scalar" else (None,) * 4
+        *column, floor = normalizer or (None,) * 6
         # a box may only start at a multiple of 16 bytes: not at any row of a packed or oddly long sequence
         G_desc = desc and t.sums and G is not None and not fp32 and call.cu is None and call.T % 4 == 0
         G_width = 0 if G is None else G.shape[1]
         if G_desc:
-            G, P = (None if a is None else TensorDescriptor(a, list(a.shape), [a.shape[1], 1], [1, C]) for a in (G, P))
+            sums = (G, P, K_sum)
+            G, P, K_sum = (None if a is None else TensorDescriptor(a, list(a.shape), [a.shape[1], 1], [1, C]) for a in sums)
         scalar_role[grid](
-            *operands, G, P, C_sum, target, other, total if x is None else weights, S_in, S_target, blocks, products,
-            call.cu, call.T,
-            call.B * call.T, G_width, call.block_count() * M, *strides, *scales, *counts,
+            *operands, G, P, C_sum, K_sum, target, other, total if x is None else weights, S_in, S_target, blocks, products,
+            *column, call.cu, call.T, call.B * call.T, G_width, call.block_count() * M, *strides, *scales, *counts,
             TR=t.transposed, DECAY=call.kind == "scalar", GATE=weights is not None, F64=fp32, G_DESC=G_desc,
-            STORE=store, IP=precision, **shared,
+            STORE=store, GAIN=call.gain is not None, ONES=0 if normalizer is None else ("o", "dq", "dk").index(role) + 1,
+            ONES_IN=column[2] is not None, FLOOR=bool(floor), IP=precision, **shared,
         )  # fmt: skip
     return ND, NZ
 
 
-def _sums(call: Call) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Sums of a scalar log-decay inside the chunks [Hg, B*T], computed once for all roles of a call."""
+def _sums(call: Call) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Sums of a scalar log-decay inside the chunks [Hg, B*T], without and with gain, computed once for all roles of a call."""
     if call.sums is None:
         fp32 = call.dtype == torch.float32
         C, Hg, tokens = call.chunk("o"), call.g.shape[2], call.B * call.T
@@ -107,10 +119,11 @@ def _sums(call: Call) -> tuple[Tensor, Tensor | None, Tensor]:
         new = lambda: torch.empty(Hg, width, dtype=torch.float64 if fp32 else torch.float32, device=call.g.device)
         chunks = call.block_count() * (call.block // C)
         total = torch.empty(Hg, chunks, dtype=torch.float64 if fp32 else torch.float32, device=call.g.device)
-        call.sums = (new(), new() if call.exclusive else None, total)
+        call.sums = (new(), new() if call.exclusive else None, total, None if call.gain is None else new())
+        stride_gain = 0 if call.gain is None else call.gain.stride(1)
         sums_kernel[(call.block_count(), Hg)](
-            call.g, *call.sums, call.cu, call.T, width, call.N, call.g.stride(1), chunks, C, call.block // C, call.exclusive,
-            call.cu is not None, fp32,
+            call.g, call.gain, *call.sums, call.cu, call.T, width, call.N, call.g.stride(1), stride_gain, chunks, C,
+            call.block // C, call.exclusive, call.cu is not None, fp32, call.gain is not None,
         )  # fmt: skip
     return call.sums
 
@@ -183,15 +196,28 @@ def forward(q, k, v, g, S0, cu, scale: float, exclusive: bool, heads: int, bound
     return _fold(parts, call.H, v.dtype), S, start
 
 
-def backward(do, dS, start, q, k, v, g, S0, cu, scale: float, exclusive: bool, heads: int, bound: float | None, need_dg: bool):
-    """Gradients of q, k, v, g (None without decay or need) and of the initial state."""
-    call = Call(q, v, g, cu, scale, exclusive, heads, bound)
-    do = do.contiguous()
+def backward(
+    do, dS, start, q, k, v, g, S0, cu, scale: float, exclusive: bool, heads: int, bound: float | None, need_dg: bool, gain=None,
+    divided=None,
+):  # fmt: skip
+    """Gradients of q, k, v, g (None without decay or need), of the initial state, and of the gain (None without one).
+
+    divided: h, n, low, dn, dz, floor of a call with a normalizer, for which `do` is the gradient of h.
+    """
+    call = Call(q, v, g, cu, scale, exclusive, heads, bound, gain)
     H, K, V, NS, NB = call.H, call.K, call.V, call.splits, call.block_count()
+    new = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
+    gate = g is not None and (need_dg or gain is not None)
+    extra_q, extra_k = {}, {}
+    if divided is not None:
+        *output, dn, dz, floor = divided
+        do, dn = _undivided(call, do, *output, dn, floor)
+        s_blocks = new(NB, H, K) if gate else None
+        extra_q["normalizer"] = (dn, None, None, None, s_blocks, floor)
+        extra_k["normalizer"] = (dn, None, dz, None, s_blocks, floor)
+    do = do.contiguous()
     S0 = start if NS > 1 else None if S0 is None else S0.contiguous()
     dS = None if dS is None else dS.contiguous()
-    gate = g is not None and need_dg
-    new = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     dq, dk, dv = _partials(call, "dq", q, V), _partials(call, "dk", k, V), _partials(call, "dv", v, K)
     if NS > 1:
         R_in, dS0 = _split_states(call, "dv", q, do, H, dS, True, 1 / scale, scale)
@@ -200,7 +226,9 @@ def backward(do, dS, start, q, k, v, g, S0, cu, scale: float, exclusive: bool, h
         dS0 = new(call.N, H, K, V)
         into = dict(S_in=dS, first=True, scale_in=1 / scale)
     blocks = new(NB, H, V, K).to(q.dtype if q.dtype != torch.float16 else torch.bfloat16) if gate else None
-    extra_q, extra_k, ND = dict(blocks=blocks), dict(blocks=blocks), dq.shape[0]
+    extra_q |= dict(blocks=blocks)
+    extra_k |= dict(blocks=blocks)
+    ND = dq.shape[0]
     if gate and call.kind == "vector":
         inter = torch.empty(dq.shape[0], call.B, call.T, H, K, dtype=blocks.dtype, device=q.device)
         dg = new(ND, call.B, call.T, H, K)
@@ -208,21 +236,57 @@ def backward(do, dS, start, q, k, v, g, S0, cu, scale: float, exclusive: bool, h
         extra_k |= dict(inter=inter, other=k, dg=dg)
     elif gate:
         NQ, NK = (ND * -(-K // max(16, min(triton.next_power_of_2(K), call.tile(r).BZ))) for r in ("dq", "dk"))
-        query, key, products = new(NQ, H, call.B * call.T), new(2, NK, H, call.B * call.T), new(NB, H, NK)
+        query, products = new(NQ, H, call.B * call.T), new(NB, H, NK)
+        key = new(2 if gain is None else 3, NK, H, call.B * call.T)
         extra_q |= dict(weights=query, other=q)
         extra_k |= dict(weights=key, other=k, products=products)
     _role(call, "dq", do, v, k, out=dq, splits=NS, S_in=S0, **extra_q)
     _role(call, "dk", v, do, q, out=dk, **into, **extra_k)
     _role(call, "dv", k, q, do, out=dv, **into, **(dict(S_out=dS0, scale_out=scale) if NS == 1 else {}))
+    dgain = None
     if gate and call.kind == "vector":
         dg = _fold(dg, g.shape[2], torch.float32)
     elif gate:
         dg = new(call.B, call.T, g.shape[2], 1)
+        dgain = None if gain is None else torch.empty_like(dg)
         gate_kernel[(NB, g.shape[2])](
-            query, key, products, dg, cu, call.T, call.B * call.T, call.N, H, g.shape[2], NQ, NK, call.block,
-            call.chunk("dk"), exclusive,
-            cu is not None,
+            query, key, products, dg, dgain, cu, call.T, call.B * call.T, call.N, H, g.shape[2], NQ, NK, call.block,
+            call.chunk("dk"), exclusive, cu is not None, gain is not None,
         )  # fmt: skip
     if H != heads:
         dS0 = dS0.unflatten(1, (heads, -1)).sum(2)
-    return _fold(dq, q.shape[2], q.dtype), _fold(dk, k.shape[2], k.dtype), _fold(dv, v.shape[2], v.dtype), dg if gate else None, dS0
+    grads = (_fold(x, y.shape[2], y.dtype) for x, y in ((dq, q), (dk, k), (dv, v)))
+    return *grads, dg if gate else None, dS0, dgain
+
+
+def _undivided(call: Call, dh: Tensor, h: Tensor, n: Tensor, low: Tensor, dn: Tensor | None, floor: bool):
+    """do [B, T, H, V] and the whole dn [H, B*T] of h = o / max(|n|, low), or o / (n + low)."""
+    dh = rows_of(dh)
+    do, out = torch.empty_like(h), torch.empty_like(n)
+    tokens, BV, R = call.B * call.T, triton.next_power_of_2(call.V), 16
+    undivided_kernel[(triton.cdiv(tokens, R), call.H)](
+        dh, h, n, low, dn, do, out, tokens, dh.stride(1), call.V, low.shape[0], call.H, floor, dn is not None, R, BV
+    )
+    return do, out
+
+
+def running_maximum(g: Tensor | None, i: Tensor, cu: Tensor | None) -> tuple[Tensor, Tensor]:
+    """m_t = max(m_{t-1} + g_t, i_t) from -inf, and m_{t-1}; i [B, T, H], g [B, T, Hg] or None."""
+    B, T, H = i.shape
+    i = i.contiguous()
+    g = None if g is None else rows_of(g.unsqueeze(3))
+    m, previous = torch.empty_like(i), torch.empty_like(i)
+    stride, Hg = (0, 1) if g is None else (g.stride(1), g.shape[2])
+    rows = B if cu is None else cu.shape[0] - 1
+    maximum_kernel[(rows * H,)](g, i, m, previous, cu, T, stride, H, Hg, g is not None, cu is not None, 512)
+    return m, previous
+
+
+def normalized(q, k, v, g, gain, low, cu, scale: float, heads: int, floor: bool):
+    """h = o / max(|n|, low) or o / (n + low), n [H, B*T], and the final state S, z."""
+    call = Call(q, v, g, cu, scale, False, heads, None, gain)
+    new = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
+    parts = _partials(call, "o", v.new_empty(1, 1, call.H, call.V), call.K)
+    S, z, n = new(call.N, heads, call.K, call.V), new(call.N, heads, call.K), new(call.H, call.B * call.T)
+    _role(call, "o", q, k, v, out=parts, S_out=S, normalizer=(n, low, None, z, None, floor))
+    return _fold(parts, call.H, v.dtype), n, S, z

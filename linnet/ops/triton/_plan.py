@@ -57,12 +57,14 @@ class Call:
         exclusive: bool,
         heads: int,
         bound: float | None,
+        gain: Tensor | None = None,
     ):
         self.B, self.T = q.shape[:2]
         self.K, self.V = q.shape[3], v.shape[3]
         self.N = self.B if cu is None else cu.shape[0] - 1
         self.heads, self.H = heads, max(q.shape[2], heads)
         self.cu, self.scale, self.exclusive = cu, scale, exclusive
+        self.gain = None if gain is None else rows_of(gain)  # like g, which is given with it
         self.g = None if g is None else rows_of(g)
         self.kind = "none" if g is None else "scalar" if g.shape[3] == 1 else "vector"
         self.dtype = q.dtype

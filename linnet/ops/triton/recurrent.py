@@ -83,7 +83,8 @@ def linear_backward_op(
     do: Tensor, dS: Tensor | None, start: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, S0: Tensor | None,
     cu_seqlens: Tensor | None, scale: float, exclusive: bool, heads: int, bound: float | None, need_dg: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dq, dk, dv, dg, dS0 = _kernels().backward(do, dS, start, q, k, v, g, S0, cu_seqlens, scale, exclusive, heads, bound, need_dg)
+    options = (scale, exclusive, heads, bound, need_dg)
+    dq, dk, dv, dg, dS0, _ = _kernels().backward(do, dS, start, q, k, v, g, S0, cu_seqlens, *options)
     return dq, dk, dv, q.new_empty(0) if dg is None else dg, dS0
 
 
@@ -113,6 +114,94 @@ linear_op.register_autograd(_backward, setup_context=_setup)
 refuse_double_backward(linear_backward_op)
 
 
+@torch.library.custom_op("linnet::triton_normalized_attention", mutates_args=())
+def normalized_op(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, gain: Tensor | None, low: Tensor, cu_seqlens: Tensor | None,
+    scale: float, heads: int, floor: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """h = o / max(|n|, low), or o / (n + low) without `floor`; n [H, B*T]; the final state S, z. low is not differentiated."""
+    return _kernels().normalized(q, k, v, g, gain, low, cu_seqlens, scale, heads, floor)
+
+
+@normalized_op.register_fake
+def _(q, k, v, g, gain, low, cu_seqlens, scale, heads, floor):
+    B, T, Hq, K = q.shape
+    new = lambda *shape: q.new_empty(shape, dtype=torch.float32)
+    rows, V, H = _rows(q, cu_seqlens), v.shape[3], max(Hq, heads)
+    return v.new_empty(B, T, H, V), new(H, B * T), new(rows, heads, K, V), new(rows, heads, K)
+
+
+@torch.library.custom_op("linnet::triton_normalized_attention_backward", mutates_args=())
+def normalized_backward_op(
+    dh: Tensor, dn: Tensor | None, dS: Tensor | None, dz: Tensor | None, h: Tensor, n: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    g: Tensor | None, gain: Tensor | None, low: Tensor, cu_seqlens: Tensor | None, scale: float, heads: int, floor: bool,
+    need_dg: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    contiguous = lambda x: None if x is None else x.contiguous()
+    divided = (h, n, low, contiguous(dn), contiguous(dz), floor)
+    dq, dk, dv, dg, _, dgain = _kernels().backward(
+        dh, dS, None, q, k, v, g, None, cu_seqlens, scale, False, heads, None, need_dg, gain, divided
+    )
+    none = q.new_empty(0, dtype=torch.float32)
+    return dq, dk, dv, none if dg is None else dg, torch.empty_like(none) if dgain is None else dgain
+
+
+@normalized_backward_op.register_fake
+def _(dh, dn, dS, dz, h, n, q, k, v, g, gain, low, cu_seqlens, scale, heads, floor, need_dg):
+    new = lambda x, dtype: torch.empty(x.shape, dtype=dtype, device=x.device)
+    gate = lambda x, needed: new(x, torch.float32) if x is not None and needed else q.new_empty(0, dtype=torch.float32)
+    return new(q, q.dtype), new(k, k.dtype), new(v, v.dtype), gate(g, need_dg or gain is not None), gate(gain, True)
+
+
+def _normalized_setup(ctx, inputs, output):
+    q, k, v, g, gain, low, cu_seqlens, *ctx.options = inputs
+    ctx.save_for_backward(output[0], output[1], q, k, v, g, gain, low, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def _normalized_backward(ctx, dh, dn, dS, dz):
+    h, n, q, k, v, g, gain, low, cu_seqlens = ctx.saved_tensors
+    need_dg = g is not None and ctx.needs_input_grad[3]
+    dh = torch.zeros_like(h) if dh is None else dh
+    dq, dk, dv, dg, dgain = normalized_backward_op(
+        dh, dn, dS, dz, h, n, q, k, v, g, gain, low, cu_seqlens, *ctx.options, need_dg
+    )
+    return dq, dk, dv, dg.to(g.dtype) if need_dg else None, None if gain is None else dgain.to(gain.dtype), *[None] * 5
+
+
+normalized_op.register_autograd(_normalized_backward, setup_context=_normalized_setup)
+refuse_double_backward(normalized_backward_op)
+
+
+@torch.library.custom_op("linnet::triton_running_maximum", mutates_args=())
+def maximum_op(g: Tensor | None, i: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _kernels().running_maximum(g, i, cu_seqlens)
+
+
+@maximum_op.register_fake
+def _(g, i, cu_seqlens):
+    return torch.empty_like(i), torch.empty_like(i)
+
+
+def running_maximum(g, i, m0, cu_seqlens):
+    """That of linnet/ops/_algebra.py, in one kernel where no initial maximum wants a gradient."""
+    if m0 is not None or i.dtype != torch.float32:
+        return _algebra.running_maximum(g, i, m0, cu_seqlens)
+    return maximum_op(None if g is None else g.detach(), i.detach(), cu_seqlens)
+
+
+def normalized_core(q, k, v, g, gain, least, cu_seqlens, scale, heads, floor):
+    """The fused normalizer of linnet/ops/_algebra.py; None where these kernels do not have it."""
+    if (g is not None and g.shape[3] > 1) or max(q.shape[3], v.shape[3]) > 128 or single_token(q, cu_seqlens, k, v, g, None):
+        return None
+    if not q.dtype == k.dtype == v.dtype or Call(q, v, g, cu_seqlens, scale, False, heads, None).splits > 1:
+        return None
+    B, T, H = q.shape[0], q.shape[1], max(q.shape[2], heads)
+    low = least.expand(B, T, 1 if g is None else g.shape[2]).permute(2, 0, 1).flatten(1).contiguous()
+    h, n, S, z = normalized_op(q, k, v, g, gain, low, cu_seqlens, scale, heads, floor)
+    return h, n.view(H, B, T).permute(1, 2, 0), S, z
+
+
 def linear_core(q, k, v, g, S0, cu_seqlens, scale, exclusive, heads, dtype, bound=None):
     """A linear core of linnet/ops/_algebra.py; `dtype` is fp32 here."""
     if single_token(q, cu_seqlens, k, v, g, S0):
@@ -123,4 +212,5 @@ def linear_core(q, k, v, g, S0, cu_seqlens, scale, exclusive, heads, dtype, boun
 @implements("linear_attention", "triton", supports)
 def linear_attention(**arguments):
     bound = arguments["log_decay_min"] if arguments["log_gain"] is None else None  # a log-gain changes the decay
-    return _algebra.linear_attention(partial(linear_core, bound=bound), **arguments, tiles=True)
+    kernels = dict(tiles=True, normalized=normalized_core, maximum=running_maximum)
+    return _algebra.linear_attention(partial(linear_core, bound=bound), **arguments, **kernels)
