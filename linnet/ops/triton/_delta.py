@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from linnet.ops.triton._kernel_delta import backward_sweep, forward_sweep, gradients_scalar, prepare_scalar, value_gradients
-from linnet.ops.triton._kernel_delta_frame import gradients_frame, prepare_frame
+from linnet.ops.triton._kernel_delta_frame import gradients_frame, gradients_near, prepare_frame
 from linnet.ops.triton._kernel_delta_vector import gradients_vector, prepare_vector
 from linnet.ops.triton._linear import _fold
 from linnet.ops.triton._plan import WIDEST, DeltaCall, rows_of
@@ -288,12 +288,13 @@ def backward(
         g_tiles, erase_tiles = (_wrapped(a, call.C, BD) if desc and a is not None else a for a in tiles)
         erase_tiles = erase if erase_tiles is None else erase_tiles
         derase_tiles = derase if results[4] is None else results[4]
-        kernel, own = (gradients_frame, {}) if call.framed else (gradients_vector, call.levels)
-        kernel[(NB * H * ND,)](
-            *inputs, g_tiles, prepared.carry, erase_tiles, *kept, *results[:3], derase_tiles, results[3], cu, T, B * T, call.N,
-            *strides, _stride(g), _stride(erase), scale, call.floor, H, *sharing(q, k, p, g, erase), K, V, ND,
-            GATE=gate, DESC=desc, STORE=store, DT=call.triton_dtype(tl), **own, **shared,
-        )  # fmt: skip
+        own = {} if call.framed else call.levels
+        for kernel in (gradients_near, gradients_frame) if call.framed else (gradients_vector,):  # each tile is one kernel's
+            kernel[(NB * H * ND,)](
+                *inputs, g_tiles, prepared.carry, erase_tiles, *kept, *results[:3], derase_tiles, results[3], cu, T, B * T, call.N,
+                *strides, _stride(g), _stride(erase), scale, call.floor, H, *sharing(q, k, p, g, erase), K, V, ND,
+                GATE=gate, DESC=desc, STORE=store, DT=call.triton_dtype(tl), **own, **shared,
+            )  # fmt: skip
     else:
         gradients_scalar[(NB * H * ND,)](
             *inputs, prepared.factors, prepared.carry, erase, *kept, *results, derase, dg, cu, T, B * T, call.N, NB, *strides,
