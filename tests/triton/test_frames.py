@@ -22,6 +22,7 @@ BOUND = {"log_decay_min": -5.0}
 @pytest.fixture
 def framed(device, monkeypatch):
     if device == "cpu":
+        monkeypatch.setattr(_plan, "SAFE_EXPONENT_FP32", _plan.SAFE_EXPONENT)
         monkeypatch.setattr(_plan.DeltaCall, "framed", property(lambda call: call.frame > 0))
         monkeypatch.setattr(_table, "DELTA_FP32", replace(_table.DELTA_FP32, C=64))
         monkeypatch.setitem(_table.FP32, "vector", replace(_table.FP32["vector"], C=32, M=4))

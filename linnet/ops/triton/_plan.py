@@ -15,6 +15,7 @@ from linnet.ops.triton import _table
 SHORT = 1024  # tokens up to which a state is kept for every chunk: cheap there, and the most accurate
 WIDEST = 256  # key and value channels per head that the delta rule holds: a state tile of 512 key channels fills the registers
 SAFE_EXPONENT = 80.0  # e^80 and e^-80 are in the range of fp32 and bf16
+SAFE_EXPONENT_FP32 = 40.0  # and the last of the three terms of a TF32 product of e^-40 still is
 
 
 @functools.lru_cache(None)
@@ -37,9 +38,13 @@ def rows_of(x: Tensor) -> Tensor:
     return x if packed else x.contiguous()
 
 
+def safe_exponent(dtype: torch.dtype) -> float:
+    return SAFE_EXPONENT_FP32 if dtype == torch.float32 else SAFE_EXPONENT
+
+
 def frame_rows(kind: str, dtype: torch.dtype, bound: float | None) -> int:
     """Rows over which a declared bound keeps products in range; 0: halving, for any decay."""
-    if kind != "vector" or bound is None or dtype == torch.float16 or 16 * -bound > SAFE_EXPONENT:
+    if kind != "vector" or bound is None or dtype == torch.float16 or 16 * -bound > safe_exponent(dtype):
         return 0
     return 16
 
@@ -69,7 +74,7 @@ class Call:
         self.kind = "none" if g is None else "scalar" if g.shape[3] == 1 else "vector"
         self.dtype = q.dtype
         self.frame = frame_rows(self.kind, q.dtype, bound)
-        self.floor = -SAFE_EXPONENT / self.frame if self.frame else -200.0
+        self.floor = -safe_exponent(self.dtype) / self.frame if self.frame else -200.0
         self.architecture, self.processors = facts(q)
         self.sums = self.pairs = None  # filled by the first role that needs them
         self.table_kind = self.kind if self.kind != "vector" or self.frame else "exact"
@@ -113,7 +118,7 @@ class DeltaCall:
         self.kind = "none" if g is None else "scalar" if g.shape[3] == 1 else "vector"
         self.dtype = q.dtype
         self.frame = frame_rows(self.kind, q.dtype, bound)
-        self.floor = -SAFE_EXPONENT / self.frame if self.frame else -200.0
+        self.floor = -safe_exponent(self.dtype) / self.frame if self.frame else -200.0
         self.precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
         self.architecture, self.processors = facts(q)
         self.C = self.tile("forward").C
@@ -152,9 +157,9 @@ class DplrCall(DeltaCall):
     ):
         super().__init__(q, None, k, v, g, cu, scale, True, False, heads, bound)
         # the longest frame over which the declared bound keeps e^{-sum} in range; one token: halving, for any decay
-        reach = 0 if g is None or bound is None else self.C if bound == 0 else SAFE_EXPONENT / -bound
+        reach = 0 if g is None or bound is None else self.C if bound == 0 else safe_exponent(self.dtype) / -bound
         self.frame = max((n for n in (16, 32, 64) if n <= min(self.C, reach)), default=1)
-        self.floor = -SAFE_EXPONENT / self.frame if self.frame > 1 else -200.0
+        self.floor = -safe_exponent(self.dtype) / self.frame if self.frame > 1 else -200.0
 
     def tile(self, part: str) -> _table.DeltaTile:
         return _table.dplr_tile(self.architecture, part, self.dtype.itemsize)

@@ -83,7 +83,7 @@ DELTA = {
         "backward": SWEEP,
         "gradients": DeltaTile(BD=64, registers=168),
     },
-    "vector": {"prepare": DeltaTile(BD=32), "forward": SWEEP, "backward": SWEEP, "gradients": DeltaTile(BD=32)},
+    "vector": {"prepare": DeltaTile(BD=32), "forward": SWEEP, "backward": SWEEP, "gradients": DeltaTile(BD=32, descriptors=False)},
     "exact": {"prepare": DeltaTile(BD=32), "forward": SWEEP, "backward": SWEEP, "gradients": DeltaTile(BD=64)},
 }
 WIDE_SWEEP = DeltaTile(C=32, BV=64, warps=8)  # 32 tokens: what leaves the state its registers
