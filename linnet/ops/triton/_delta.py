@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -83,10 +82,9 @@ def prepare(call: DeltaCall, q, k, p, g, erase, write) -> Prepared:
     desc = t.descriptors and K % BD == 0 and _aligned(q, k, p)
     tiles = tuple(_wrapped(x, C, BD) if desc and x is not None else x for x in (q, k, p))
     matrices = tuple(TensorDescriptor(x, [x.numel() // C, C], [C, 1], [C, C]) if desc else x for x in (inverse, pairs))
-    run = 1 if call.cu is not None else math.gcd(NB, t.run)
-    prepare_scalar[(NB // run * H,)](
+    prepare_scalar[(NB * H,)](
         *tiles, g, erase, write, *matrices, factors, carry, call.cu, call.T, tokens, call.N, NB, *strides, call.scale, H,
-        *sharing, K, triton.cdiv(K, BD), RUN=run, STAGES=t.stages, DECAY=g is not None, DESC=desc, **shared,
+        *sharing, K, triton.cdiv(K, BD), DECAY=g is not None, DESC=desc, **shared,
     )  # fmt: skip
     return Prepared(inverse, pairs, factors, carry, *(q.new_empty(0) for _ in range(3)))
 

@@ -126,32 +126,30 @@ def prepare_chunk_scalar(
 def prepare_scalar(
     q, k, p, g, erase, write, inverse, pairs, factors, carry, cu,
     T, BT, N, NB, stride_q, stride_k, stride_p, stride_g, stride_e, stride_w, scale, H, Rq, Rk, Rp, Rg, Re, Rw, K, ND,
-    BD: tl.constexpr, C: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr, DECAY: tl.constexpr, ERASE: tl.constexpr,
+    BD: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, ERASE: tl.constexpr,
     WRITE: tl.constexpr, SAME: tl.constexpr, EXCL: tl.constexpr, BEFORE: tl.constexpr, DESC: tl.constexpr, ROWS: tl.constexpr,
     COL: tl.constexpr, PACKED: tl.constexpr, INV: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """T - I and A [NB, H, C, C]; factors [5, H, BT]: of q, of e, of p, of u, and G; carry [H, NB], the decay over a chunk.
 
-    SAME: k is p. EXCL: q reads before the step. BEFORE: e reads before the decay. R*: heads that share one of an operand. A
-    program prepares RUN chunks of one head, the operands of the next one being loaded meanwhile.
+    SAME: k is p. EXCL: q reads before the step. BEFORE: e reads before the decay. R*: heads that share one of an operand.
     """
     h = tl.program_id(0) % H
-    for n in tl.range(0, RUN, num_stages=STAGES):
-        chunk = tl.program_id(0) // H * RUN + n
-        first, length, begin = block_range(cu, chunk, T, N, C, PACKED)
-        if PACKED:
-            if begin < length:
-                prepare_chunk_scalar(
-                    q, k, p, g, erase, write, inverse, pairs, factors, carry, chunk, h, first + begin, length - begin,
-                    BT, NB, stride_q, stride_k, stride_p, stride_g, stride_e, stride_w, scale, H, Rq, Rk, Rp, Rg, Re, Rw, K, ND,
-                    BD, C, DECAY, ERASE, WRITE, SAME, EXCL, BEFORE, DESC, ROWS, COL, INV, IP,
-                )  # fmt: skip
-        else:
+    chunk = tl.program_id(0) // H
+    first, length, begin = block_range(cu, chunk, T, N, C, PACKED)
+    if PACKED:
+        if begin < length:
             prepare_chunk_scalar(
                 q, k, p, g, erase, write, inverse, pairs, factors, carry, chunk, h, first + begin, length - begin,
                 BT, NB, stride_q, stride_k, stride_p, stride_g, stride_e, stride_w, scale, H, Rq, Rk, Rp, Rg, Re, Rw, K, ND,
                 BD, C, DECAY, ERASE, WRITE, SAME, EXCL, BEFORE, DESC, ROWS, COL, INV, IP,
             )  # fmt: skip
+    else:
+        prepare_chunk_scalar(
+            q, k, p, g, erase, write, inverse, pairs, factors, carry, chunk, h, first + begin, length - begin,
+            BT, NB, stride_q, stride_k, stride_p, stride_g, stride_e, stride_w, scale, H, Rq, Rk, Rp, Rg, Re, Rw, K, ND,
+            BD, C, DECAY, ERASE, WRITE, SAME, EXCL, BEFORE, DESC, ROWS, COL, INV, IP,
+        )  # fmt: skip
 
 
 @triton.jit

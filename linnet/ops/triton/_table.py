@@ -59,10 +59,7 @@ FP32 = {
 
 @dataclass(frozen=True)
 class DeltaTile:
-    """The delta rule on chunks of C tokens. BV, BD: columns of values and keys a program; 16-bit type of the inverse's products.
-
-    run: consecutive chunks that a program of the preparation takes.
-    """
+    """The delta rule on chunks of C tokens. BV, BD: columns of values and keys a program; 16-bit type of the inverse's products."""
 
     C: int = 64
     BV: int = 64
@@ -72,7 +69,6 @@ class DeltaTile:
     descriptors: bool = True
     inverse: str = "float16"
     registers: int | None = None  # most registers a thread, so that more programs fit a processor
-    run: int = 1
 
 
 SWEEP = DeltaTile(BV=128, warps=8)
