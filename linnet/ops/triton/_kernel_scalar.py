@@ -90,15 +90,15 @@ def scalar_role(
         if FIRST:
             mask = mask & (h % (H // H_in) == 0)
         S = tl.load(at, mask=mask, other=0.0).to(tl.float32) * scale_in
-    if ONES == 1:
-        s = tl.zeros([BD], tl.float32)
-    if ONES > 1:
-        s = tl.zeros([BZ], tl.float32)
+    if ONES > 0:  # columns 0 and 1 are sums with the high and the low parts of the weights
+        s = tl.zeros([BD if ONES == 1 else BZ, 16], tl.float32)
+        column = tl.arange(0, 16)[None, :]
         if ONES_IN:
             mask = cz + zz < Z
             if FIRST:
                 mask = mask & (h % (H // H_in) == 0)
-            s = tl.load(s_in + (part * H_in + h // (H // H_in)) * Z + cz + zz, mask=mask, other=0.0) * scale_in
+            x_in = tl.load(s_in + (part * H_in + h // (H // H_in)) * Z + cz + zz, mask=mask, other=0.0) * scale_in
+            s = tl.where(column == 0, x_in[:, None], s)
     chunks = (length + C - 1) // C
     block0 = first_block(cu, n, T, C * M, PACKED) + begin // (C * M)
     total = tl.zeros([1], GT)
@@ -138,10 +138,11 @@ def scalar_role(
                     A += dn[None, :]
                 else:
                     A += dn[:, None]
+                whole = tl.sum(s, 1)
                 if TR:
-                    O += (dn[None, :] if ONES == 2 else 1.0) * s[:, None]
+                    O += (dn[None, :] if ONES == 2 else 1.0) * whole[:, None]
                 else:
-                    O += (dn[:, None] if ONES == 2 else 1.0) * s[None, :]
+                    O += (dn[:, None] if ONES == 2 else 1.0) * whole[None, :]
             if EXCL or GATE:
                 keep = out_i < in_i if REV else out_i > in_i
             else:
@@ -160,7 +161,9 @@ def scalar_role(
                 O = O * (w_out[None, :] if TR else w_out[:, None])
             A = tl.where(keep, A, 0.0)
             if ONES == 1:
-                count = tl.sum(xb.to(tl.float32) * s[None, :], 1)
+                high = s.to(ST)
+                count = tl.dot(xb.to(ST), high, input_precision=IP)
+                count = tl.sum(tl.dot(xb.to(ST), (s - high.to(tl.float32)).to(ST), count, input_precision=IP), 1)
                 if DECAY:
                     count = count * w_query
                 count = (count + tl.sum(A, 0 if TR else 1)) * scale
@@ -184,7 +187,7 @@ def scalar_role(
                     )
                     if ONES == 3:
                         at_s = s_blocks + ((block0 + c // M).to(tl.int64) * H + h) * Z + cz + zz
-                        SR += tl.sum(s * tl.load(at_s, mask=cz + zz < Z, other=0.0), 0) * carry
+                        SR += tl.sum(tl.sum(s, 1) * tl.load(at_s, mask=cz + zz < Z, other=0.0), 0) * carry
                     tl.store(products + ((block0 + c // M).to(tl.int64) * H + h) * (ND * NZ) + id * NZ + iz, SR * scale)
                     tl.store(wp + h.to(tl.int64) * 0 + ND * NZ * H * BT, tl.sum(ub * O, 0 if TR else 1) * scale, mask=ok)
                     if TR:
@@ -216,7 +219,8 @@ def scalar_role(
                     count = tl.maximum(tl.abs(count), least)
                 else:
                     count += least
-                O = O / (count[None, :] if TR else count[:, None])
+                count = 1.0 / count
+                O = O * (count[None, :] if TR else count[:, None])
             ob = (O * scale).to(OT)
             if TR:
                 ob = tl.trans(ob)
@@ -225,7 +229,7 @@ def scalar_role(
             if (c + 1) % M == 0 or c == chunks - 1:
                 save_block(blocks, S, (block0 + c // M) * H + h, cd, cz, d, zz, D, Z, BLOCKS_DESC, TR)
                 if ONES == 2:
-                    tl.store(s_blocks + ((block0 + c // M).to(tl.int64) * H + h) * Z + cz + zz, s, mask=cz + zz < Z)
+                    tl.store(s_blocks + ((block0 + c // M).to(tl.int64) * H + h) * Z + cz + zz, tl.sum(s, 1), mask=cz + zz < Z)
         if DECAY:
             w_in = w_query if REV else w_key
             if TR:
@@ -240,13 +244,13 @@ def scalar_role(
         if ONES > 0:
             if DECAY:
                 s = s * carry
-            if ONES == 1:
-                s += tl.sum(yb.to(tl.float32) * w_in[:, None] if DECAY else yb.to(tl.float32), 0)
-            else:
-                w = dn if ONES == 3 else tl.full([C], 1.0, tl.float32)
-                if DECAY:
-                    w = w * w_in
-                s += tl.sum(tl.trans(zb).to(tl.float32) * w[None, :], 1) if TR else tl.sum(zb.to(tl.float32) * w[:, None], 0)
+            w = dn if ONES == 3 else tl.full([C], 1.0, tl.float32)
+            if DECAY:
+                w = w * w_in
+            high = w.to(DT)
+            rest = (w - high.to(tl.float32)).to(DT)
+            w = tl.where(column == 0, high[:, None], tl.where(column == 1, rest[:, None], tl.zeros([C, 16], DT)))
+            s = tl.dot(tl.trans(yb) if ONES == 1 else tl.trans(zb), w, s, input_precision=IP)
         if TR:
             S = tl.dot(zt, yb, S, input_precision=IP)
         else:
@@ -256,7 +260,7 @@ def scalar_role(
                 save_state(S_out, S * scale_out, part, h, H, H_out, cd + d, cz + zz, D, Z, in_d, in_z, TR)
     if ONES == 1:
         if iz == 0 and h % (H // H_out) == 0:
-            tl.store(s_out + (part * H_out + h // (H // H_out)) * D + cd + d, s * scale_out, mask=cd + d < D)
+            tl.store(s_out + (part * H_out + h // (H // H_out)) * D + cd + d, tl.sum(s, 1) * scale_out, mask=cd + d < D)
     if OUT_DESC:
         rep = H // H_out
         if h % rep == 0:

@@ -103,7 +103,8 @@ def _role(
         scalar_role[grid](
             *operands, G, P, C_sum, K_sum, target, other, total if x is None else weights, S_in, S_target, blocks, products,
             *column, call.cu, call.T, call.B * call.T, G_width, call.block_count() * M, *strides, *scales, *counts,
-            TR=t.transposed, DECAY=call.kind == "scalar", GATE=weights is not None, F64=fp32, G_DESC=G_desc,
+            TR=t.transposed and not (normalizer and role == "o"),  # the sums over keys are rows then: no change of layout
+            DECAY=call.kind == "scalar", GATE=weights is not None, F64=fp32, G_DESC=G_desc,
             STORE=store, GAIN=call.gain is not None, ONES=0 if normalizer is None else ("o", "dq", "dk").index(role) + 1,
             ONES_IN=column[2] is not None, FLOOR=bool(floor), IP=precision, **shared,
         )  # fmt: skip
