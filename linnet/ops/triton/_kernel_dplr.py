@@ -90,10 +90,10 @@ def load_decay(
 
 @triton.jit
 def add_matrices(
-    A, B, x, bt, kt, gb, high, low, E, C: tl.constexpr, FIRST: tl.constexpr, LEVELS: tl.constexpr, DECAY: tl.constexpr,
+    A, B, x, b, k, gb, high, low, E, C: tl.constexpr, FIRST: tl.constexpr, LEVELS: tl.constexpr, DECAY: tl.constexpr,
     STRICT: tl.constexpr, SPLIT: tl.constexpr, DT: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """Add to the pair matrices A, B [C, C] of a reader x [C, BD] with the writers b and k [BD, C]; E: sums inside the frames.
+    """Add to the pair matrices A, B [C, C] of a reader x [C, BD] with the writers b and k [C, BD]; E: sums inside the frames.
 
     Later tokens of the same frame are added, too (the caller drops them): a mask would cost registers.
     """
@@ -102,33 +102,33 @@ def add_matrices(
     j = tl.arange(0, C)[None, :]
     if DECAY:
         if F > 1:
-            far = tl.trans(tl.exp2(-E))
+            far = tl.exp2(-E)
             near = tl.exp2(E - gb * LOG2E if STRICT else E)
             near = (x * near).to(DT)
             if F == C:
-                A = tl.dot(near, (bt * far).to(DT), A, input_precision=IP)
-                B = tl.dot(near, (kt * far).to(DT), B, input_precision=IP)
+                A = tl.dot(near, tl.trans((b * far).to(DT)), A, input_precision=IP)
+                B = tl.dot(near, tl.trans((k * far).to(DT)), B, input_precision=IP)
             else:
                 m = i // F == j // F
-                A += tl.where(m, tl.dot(near, (bt * far).to(DT), input_precision=IP), 0.0)
-                B += tl.where(m, tl.dot(near, (kt * far).to(DT), input_precision=IP), 0.0)
+                A += tl.where(m, tl.dot(near, tl.trans((b * far).to(DT)), input_precision=IP), 0.0)
+                B += tl.where(m, tl.dot(near, tl.trans((k * far).to(DT)), input_precision=IP), 0.0)
         elif not STRICT:  # the pairs t = s
-            xt = tl.trans(x.to(tl.float32))
-            A += tl.where(i == j, tl.sum(xt * bt, 0)[:, None], 0.0)
-            B += tl.where(i == j, tl.sum(xt * kt, 0)[:, None], 0.0)
+            xf = x.to(tl.float32)
+            A += tl.where(i == j, tl.sum(xf * b, 1)[:, None], 0.0)
+            B += tl.where(i == j, tl.sum(xf * k, 1)[:, None], 0.0)
         if F < C:
             for level in tl.range(FIRST, LEVELS, num_stages=1):
-                near = tl.exp2(over_time(high, low, HALF, level, C, F, SPLIT, IP) * LOG2E)
-                far = tl.trans(near)
+                far = tl.exp2(over_time(high, low, HALF, level, C, F, SPLIT, IP) * LOG2E)
+                near = far
                 if STRICT:
                     near = tl.exp2(over_time(high, low, HALF_BEFORE, level, C, F, SPLIT, IP) * LOG2E)
                 near = (x * near).to(DT)
                 m = pair_mask(level, C, True)
-                A += tl.where(m, tl.dot(near, (bt * far).to(DT), input_precision=IP), 0.0)
-                B += tl.where(m, tl.dot(near, (kt * far).to(DT), input_precision=IP), 0.0)
+                A += tl.where(m, tl.dot(near, tl.trans((b * far).to(DT)), input_precision=IP), 0.0)
+                B += tl.where(m, tl.dot(near, tl.trans((k * far).to(DT)), input_precision=IP), 0.0)
     else:
-        A = tl.dot(x, bt, A, input_precision=IP)
-        B = tl.dot(x, kt, B, input_precision=IP)
+        A = tl.dot(x, tl.trans(b), A, input_precision=IP)
+        B = tl.dot(x, tl.trans(k), B, input_precision=IP)
     return A, B
 
 
@@ -187,12 +187,12 @@ def prepare(
                 g, row, ok, stride_g, gcolumn, K - cd, d, floor, C, F, DECAY, SCALAR, False, ROWS, COL, SPLIT, DT, IP
             )
             tl.store(carry + index * K + cd + d, tl.exp2(tl.sum(gb, 0) * LOG2E), mask=cd + d < K)
-            bt = tl.trans(load_tile(b, row, ok, stride_b, (h // Rb) * K + cd, K - cd, d, False, ROWS, COL))
-            kt = tl.trans(load_tile(k, row, ok, stride_k, (h // Rk) * K + cd, K - cd, d, False, ROWS, COL))
+            bb = load_tile(b, row, ok, stride_b, (h // Rb) * K + cd, K - cd, d, False, ROWS, COL)
+            kb = load_tile(k, row, ok, stride_k, (h // Rk) * K + cd, K - cd, d, False, ROWS, COL)
             x = load_tile(a, row, ok, stride_a, (h // Ra) * K + cd, K - cd, d, False, ROWS, COL)
-            A_ab, A_ak = add_matrices(A_ab, A_ak, x, bt, kt, gb, high, low, G, C, FIRST, LEVELS, DECAY, True, SPLIT, DT, IP)
+            A_ab, A_ak = add_matrices(A_ab, A_ak, x, bb, kb, gb, high, low, G, C, FIRST, LEVELS, DECAY, True, SPLIT, DT, IP)
             x = load_tile(q, row, ok, stride_q, (h // Rq) * K + cd, K - cd, d, False, ROWS, COL)
-            A_qb, A_qk = add_matrices(A_qb, A_qk, x, bt, kt, gb, high, low, G, C, FIRST, LEVELS, DECAY, False, SPLIT, DT, IP)
+            A_qb, A_qk = add_matrices(A_qb, A_qk, x, bb, kb, gb, high, low, G, C, FIRST, LEVELS, DECAY, False, SPLIT, DT, IP)
         A_ak = tl.where(i > j, A_ak, 0.0)
         Ah = tl.where(i >= j, A_qb * scale, 0.0).to(DT)
         A_qk = tl.where(i >= j, A_qk * scale, 0.0)
