@@ -149,7 +149,7 @@ def _operators() -> dict[str, dict[str, Any]]:
     import torch
 
     from linnet import ops
-    from linnet.ops._dispatch import BACKENDS, passed_over
+    from linnet.ops._dispatch import BACKENDS, refusal
 
     with contextlib.suppress(ImportError):  # its operators register themselves where Triton is installed
         importlib.import_module("linnet.ops.triton")
@@ -163,5 +163,5 @@ def _operators() -> dict[str, dict[str, Any]]:
                 if backend not in ops.backends_of(op):
                     entry["backends"][backend][device] = "not implemented in this installation"
                 else:
-                    entry["backends"][backend][device] = passed_over(op, backend, known) if known is not None else None
+                    entry["backends"][backend][device] = refusal(op, backend, known) if known is not None else None
     return result

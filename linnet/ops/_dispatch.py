@@ -19,26 +19,20 @@ Handler = Callable[[str, "str | None", dict[str, Any]], Any]
 
 _implementations: dict[tuple[str, str], Callable] = {}
 _supports: dict[tuple[str, str], Callable[[dict[str, Any]], str | None]] = {}
-_by_name: set[tuple[str, str]] = set()
 _handler: Handler | None = None
 _debug = False
 
 
-def implements(
-    op: str, backend: str, supports: Callable[[dict[str, Any]], str | None] | None = None, *, by_name: bool = False
-):  # fmt: skip
+def implements(op: str, backend: str, supports: Callable[[dict[str, Any]], str | None] | None = None):
     """Decorator: register a function as the implementation of `op` in `backend`.
 
-    `supports(arguments)` returns None if the backend can compute this call and a one-sentence reason if it cannot. by_name: runs
-    only where a caller names the backend (kernels whose checks on a GPU have not all passed).
+    `supports(arguments)` returns None if the backend can compute this call and a one-sentence reason if it cannot.
     """
 
     def register(function):
         _implementations[op, backend] = function
         if supports is not None:
             _supports[op, backend] = supports
-        if by_name:
-            _by_name.add((op, backend))
         return function
 
     return register
@@ -64,18 +58,10 @@ def refusal(op: str, backend: str, arguments: dict[str, Any]) -> str | None:
     return check(arguments) if check is not None else None
 
 
-def passed_over(op: str, backend: str, arguments: dict[str, Any]) -> str | None:
-    """Why `choose` does not take `backend` for this call; None if it may."""
-    reason = refusal(op, backend, arguments)
-    if reason is None and (op, backend) in _by_name:
-        return "runs only where a call names it: some GPU checks have not passed"
-    return reason
-
-
 def choose(op: str, arguments: dict[str, Any]) -> str:
     """The backend that runs this call when none is named: the first one that can; `reference` only by name."""
     for backend in BACKENDS[:-1]:
-        if (op, backend) in _implementations and passed_over(op, backend, arguments) is None:
+        if (op, backend) in _implementations and refusal(op, backend, arguments) is None:
             return backend
     return "reference"
 

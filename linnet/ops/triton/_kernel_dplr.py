@@ -214,10 +214,7 @@ def fold(
     SCALAR: tl.constexpr, ROWS: tl.constexpr, COL: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, DT: tl.constexpr,
     IP: tl.constexpr,
 ):  # fmt: skip
-    """q', k', E, b^ [BT, H, K] and N [NB, H, K, K]. A program per chunk and head.
-
-    Only loaded and fp32 tiles are transposed: Triton miscompiles products of transposed 16-bit results.
-    """
+    """q', k', E, b^ [BT, H, K] and N [NB, H, K, K]. A program per chunk and head."""
     h = tl.program_id(0) % H
     chunk = tl.program_id(0) // H
     first, length, begin = block_range(cu, chunk, T, N, C, PACKED)

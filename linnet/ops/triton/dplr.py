@@ -1,7 +1,4 @@
-"""Backend `triton` of dplr: custom operators around the GPU kernels. Triton itself is imported at the first call.
-
-Runs only where a call names it: on an H200 the kernels are right up to T=2048 and fail at B=8 T=4096 H=16 (docs/kernels.md).
-"""
+"""Backend `triton` of dplr: custom operators around the GPU kernels. Triton itself is imported at the first call."""
 
 # No `from __future__ import annotations` here: custom operators read their schema from the annotations.
 
@@ -103,6 +100,6 @@ def dplr_core(q, a, b, k, v, g, S0, cu_seqlens, scale, heads, dtype, bound=None)
     return dplr_op(q, k, a, b, v, g, S0, cu_seqlens, scale, heads, bound, save)[:2]
 
 
-@implements("dplr", "triton", supports, by_name=True)
+@implements("dplr", "triton", supports)
 def dplr(**arguments):
     return _algebra.dplr(partial(dplr_core, bound=arguments["log_decay_min"]), **arguments)
