@@ -132,6 +132,24 @@ def keeps_enough(carry, index, d, K):
 
 
 @triton.jit
+def keep_erasures(
+    G, kb, be, derase, dk, part, row, row64, r, ok, wide, column, width, d, ERASE: tl.constexpr, SAME: tl.constexpr,
+    STORE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradients of the gate and, unless k is p, of k, from G, the gradient of the erased keys be * k; returns k's."""
+    if ERASE == 2:
+        GT: tl.constexpr = derase.dtype if STORE else derase.dtype.element_ty
+        store_tile(derase, (G * kb).to(GT), row, row64, ok, wide, column, width, d, STORE, ROWS, COLUMNS)
+    elif ERASE == 1:
+        tl.store(derase + part + row64 + r, tl.sum(G * kb, 1), mask=ok)
+    Ge = G * be
+    if not SAME:
+        OT: tl.constexpr = dk.dtype if STORE else dk.dtype.element_ty
+        store_tile(dk, Ge.to(OT), row, row64, ok, wide, column, width, d, STORE, ROWS, COLUMNS)
+    return Ge
+
+
+@triton.jit
 def gradients_near(
     q, k, p, x, y, do, g, carry, erase, S, R, dq, dk, dp, derase, dg, cu,
     T, BT, N, stride_q, stride_k, stride_p, stride_o, stride_g, stride_e, scale, floor, H, Rq, Rk, Rp, Rg, Re, K, V, ND,
@@ -216,14 +234,10 @@ def gradients_near(
             later += flow
         else:
             now += flow
-        if ERASE == 2:
-            GT: tl.constexpr = derase.dtype if STORE else derase.dtype.element_ty
-            store_tile(derase, (G * kb).to(GT), row, row64, ok, wide, column, K - cd, d, STORE, ROWS, COL_D)
-        elif ERASE == 1:
-            tl.store(derase + (id * H + h).to(tl.int64) * BT + row64 + r, tl.sum(G * kb, 1), mask=ok)
-        Ge = G * be
-        if not SAME:
-            store_tile(dk, Ge.to(OT), row, row64, ok, wide, column, K - cd, d, STORE, ROWS, COL_D)
+        Ge = keep_erasures(
+            G, kb, be, derase, dk, (id * H + h).to(tl.int64) * BT, row, row64, r, ok, wide, column, K - cd, d, ERASE, SAME, STORE,
+            ROWS, COL_D,
+        )  # fmt: skip
         # ---- writes: p
         carried = tl.load(carry + index.to(tl.int64) * K + cd + d, mask=cd + d < K, other=1.0)
         G = tl.dot(xb, Rb, input_precision=IP) * (writer * carried[None, :])
@@ -366,14 +380,10 @@ def gradients_frame(
             later += flow
         else:
             now += flow
-        if ERASE == 2:
-            GT: tl.constexpr = derase.dtype if STORE else derase.dtype.element_ty
-            store_tile(derase, (G * kb).to(GT), row, row64, ok, wide, column, K - cd, d, STORE, ROWS, COL_D)
-        elif ERASE == 1:
-            tl.store(derase + (id * H + h).to(tl.int64) * BT + row64 + r, tl.sum(G * kb, 1), mask=ok)
-        Ge = G * be
-        if not SAME:
-            store_tile(dk, Ge.to(OT), row, row64, ok, wide, column, K - cd, d, STORE, ROWS, COL_D)
+        Ge = keep_erasures(
+            G, kb, be, derase, dk, (id * H + h).to(tl.int64) * BT, row, row64, r, ok, wide, column, K - cd, d, ERASE, SAME, STORE,
+            ROWS, COL_D,
+        )  # fmt: skip
         # ---- writes: p
         Rb = state_tile(R, index, 0, cd, v, d, V, K, DESC, COL_D or COL_V)
         G = tl.dot(xb, Rb, input_precision=IP) * (writer * ends * per_frame(tl.exp2(total2), one, C))
