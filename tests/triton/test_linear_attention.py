@@ -141,6 +141,22 @@ def test_normalizer_in_the_kernels(device, monkeypatch, kind, gained, normalizer
     assert_is_the_recurrence(x, state, normalizer=normalizer, normalizer_eps=0.3)
 
 
+@pytest.mark.parametrize("normalizer", ["sum", "floor"])
+def test_a_prefill_with_a_normalizer_is_continued(device, normalizer):
+    x, _ = operands(device, 40, kind="scalar", B=1)
+    x["q"], x["k"] = x["q"].abs(), x["k"].abs()
+    x["log_gain"] = torch.randn(1, 40, 1, generator=torch.Generator().manual_seed(1)).to(device)
+    part = lambda a, b: {n: y[:, a:b] for n, y in x.items()}
+    want = ops.linear_attention(**{n: y.double() for n, y in x.items()}, normalizer=normalizer, backend="torch")[0]
+    outputs, state = [], None
+    for a, b in ((0, 25), (25, 39), (39, 40)):
+        o, state = ops.linear_attention(
+            **part(a, b), normalizer=normalizer, initial_state=state, return_state=True, backend="triton"
+        )
+        outputs.append(o)
+    assert error(torch.cat(outputs, 1), want) < FP32
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("T", "K", "V"), [(500, 128, 128), (1500, 64, 96)])
 def test_gain_keeps_sixteen_bits(T, K, V):
