@@ -1,4 +1,4 @@
-"""A way around a defect of ptxas 12.8, the assembler that Triton 3.4 to 3.7 bring along (12.9 and 13.0 do not have it).
+"""A way around a defect of ptxas 12.8, the assembler that Triton 3.6 and 3.7 bring along (12.9 and 13.0 do not have it).
 
 A tile in shared memory that tensor cores read is described by 64 bits: its address in the low word, its layout in the high one.
 Triton forms the descriptors of a tile's parts by 64-bit additions of a constant to the address. Now and then, where the address
