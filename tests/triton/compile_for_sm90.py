@@ -68,6 +68,16 @@ def delta_rule(H: int, T: int, K: int, decay: str | None, V: int | None = None, 
     o.sum().backward()
 
 
+def linear(H: int, T: int, decay: str, K: int = 128, **options):
+    """As many heads as fill the GPU: time is not split, and the normalizer is in the kernels."""
+    q, k, v = tensors(*[(1, T, H, K)] * 3)
+    g, gain = tensors((1, T, H) if decay == "scalar" else (1, T, H, K), (1, T, H), dtype=torch.float32)
+    if "normalizer" in options:
+        options["log_gain"] = gain
+    o, _ = ops.linear_attention(q, k, v, g, backend="triton", **options)
+    o.sum().backward()
+
+
 def dplr(H: int, T: int, K: int, decay: str | None, **options):
     q, k, v, a, b = tensors(*[(1, T, H, K)] * 5)
     g = {None: None, "scalar": (1, T, H), "channel": (1, T, H, K)}[decay]
@@ -96,6 +106,8 @@ def decode(B: int, T: int, K: int):
 CALLS = {
     "decode": lambda: decode(1, 1, 128),
     "decode, wide tiles and several tokens": lambda: decode(64, 4, 256),
+    "linear attention, gain and normalizer": lambda: linear(264, 64, "scalar", normalizer="floor"),
+    "linear attention, per channel": lambda: linear(264, 64, "channel", log_decay_min=-5.0),
     "delta rule": lambda: delta_rule(2, 256, 128, "scalar"),
     "delta rule, one head and token": lambda: delta_rule(1, 1, 16, None),
     "delta rule, odd sizes": lambda: delta_rule(1, 37, 24, "scalar"),

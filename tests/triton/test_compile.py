@@ -24,6 +24,8 @@ LOST = "delta rule, per channel, rest of a chunk"  # ptxas 12.8 loses an address
     [
         ("decode", {"step_kernel", "conv_kernel", "selective_kernel"}),
         ("decode, wide tiles and several tokens", {"step_kernel", "conv_kernel", "selective_kernel"}),
+        ("linear attention, gain and normalizer", {"maximum_kernel", "scalar_role", "undivided_kernel", "gate_kernel"}),
+        pytest.param("linear attention, per channel", {"vector_role"}, marks=pytest.mark.slow),
         ("delta rule", {"prepare_scalar", "forward_sweep", "backward_sweep", "gradients_scalar", "value_gradients"}),
         ("delta rule, one head and token", {"prepare_scalar", "forward_sweep", "backward_sweep", "gradients_scalar"}),
         pytest.param("delta rule, odd sizes", {"prepare_scalar", "gradients_scalar"}, marks=pytest.mark.slow),

@@ -110,9 +110,9 @@ def prepare_frame(
                     inside = (i // F == (1 if part > 0 else 0)) & (j // F == (1 if part == 1 else 0))
                     written = tl.trans((pb * in_range_exp2(-E, anchor)).to(DT))
                     y = (qb * in_range_exp2(Eq, -anchor)).to(DT)
-                    A += tl.where(inside, tl.dot(y, written, input_precision=IP), 0.0)
+                    A = tl.where(inside, tl.dot(y, written, A, input_precision=IP), A)  # added up in the same order as above
                     y = (kb * in_range_exp2(Ek, -anchor)).to(DT)
-                    L += tl.where(inside, tl.dot(y, written, input_precision=IP), 0.0)
+                    L = tl.where(inside, tl.dot(y, written, L, input_precision=IP), L)
                 x = pb * tl.exp2(total[None, :] - E)
             store_tile(p_decayed, x.to(OT), row, row64, ok, wide, column, K - cd, d, False, ROWS, COL)
         at = (chunk.to(tl.int64) * H + h) * (C * C) + i * C + j
