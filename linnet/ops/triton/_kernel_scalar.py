@@ -247,10 +247,10 @@ def scalar_role(
             w = dn if ONES == 3 else tl.full([C], 1.0, tl.float32)
             if DECAY:
                 w = w * w_in
-            high = w.to(DT)
-            rest = (w - high.to(tl.float32)).to(DT)
-            w = tl.where(column == 0, high[:, None], tl.where(column == 1, rest[:, None], tl.zeros([C, 16], DT)))
-            s = tl.dot(tl.trans(yb) if ONES == 1 else tl.trans(zb), w, s, input_precision=IP)
+            high = w.to(ST)
+            rest = (w - high.to(tl.float32)).to(ST)
+            w = tl.where(column == 0, high[:, None], tl.where(column == 1, rest[:, None], tl.zeros([C, 16], ST)))
+            s = tl.dot(tl.trans(yb.to(ST)) if ONES == 1 else tl.trans(zb.to(ST)), w, s, input_precision=IP)
         if TR:
             S = tl.dot(zt, yb, S, input_precision=IP)
         else:
@@ -345,11 +345,11 @@ def gate_kernel(
     PACKED: tl.constexpr,
     GAIN: tl.constexpr,
 ):
-    """dg and, with a gain, dgain = k.dk [B*T, Hg] from partial sums: query [NQ, H, B*T], key [2, NK, H, B*T], products.
+    """dg and, with a gain, dgain = k.dk [B*T, Hg] from partial sums: query [NQ, H, B*T], key [2 or 3, NK, H, B*T], products.
 
     dg_t = product of the states around the block's last chunk + sum of what tokens before t in that chunk send beyond it
            + sum_{t' >= t} (q.dq - k.dk)_{t'}, without what the last chunk sends beyond the block (that is key[1]): no
-    large terms cancel.
+    large terms cancel. key[2], with a gain: the pairs t' = t, which dgain has and dg has not.
     """
     block = tl.program_id(0)
     hg = tl.program_id(1)
