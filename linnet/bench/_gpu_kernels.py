@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -135,45 +136,55 @@ def repeated(row: Row, shape: Sizes, device: str, backend: str) -> tuple[bool, b
 
 def tune(kind: str, candidates: dict[str, list] | None = None, shape: Sizes | None = None) -> None:
     """Time every role of one decay kind over candidate tiles, the gate's gradient included."""
-    from linnet.ops.triton import _linear, _table
+    from linnet.ops.triton import _channel, _linear, _table
     from linnet.ops.triton._plan import Call
 
     shape = shape or shape_sets()["main"][0]
-    candidates = candidates or {"BZ": [64, 128], "warps": [4, 8], "stages": [2, 3]}
+    channel = kind == "channel"
+    candidates = candidates or ({"stages": [2, 3, 4]} if channel else {"BZ": [64, 128], "warps": [4, 8], "stages": [2, 3]})
     B, T, H, K, V = shape.values()
-    x = ROWS[f"linear-{kind}"].make(shape)
+    x = ROWS["linear-exact" if channel else f"linear-{kind}"].make(shape)
     q, k, v = (x[n] for n in "qkv")
     g = x["log_decay"].reshape(B, T, H, -1) if "log_decay" in x else None
     do = torch.randn_like(v)
-    plan = Call(q, v, g, None, K**-0.5, False, H, BOUND if kind == "vector" else None)
+    plan = Call(q, v, g, None, K**-0.5, False, H, None)
     table = _table.TABLE["sm90"][plan.table_kind]
     new = lambda *s, dtype=torch.float32: torch.empty(s, device="cuda", dtype=dtype)
+    states = lambda: torch.zeros(plan.block_count(), H, V, K, device="cuda", dtype=torch.bfloat16)
 
-    def launch(role: str):
+    def launch(role: str) -> Callable[[], Any]:
         extra: dict[str, Any] = {}
-        blocks, NZ = plan.block_count(), -(-K // table["dk"].BZ)
+        NZ = -(-K // table["dk"].BZ)
         if g is not None and role in ("dq", "dk"):
-            extra["blocks"] = torch.zeros(blocks, H, V, K, device="cuda", dtype=torch.bfloat16)
-            if plan.kind == "vector":
-                extra["inter"] = torch.zeros(1, B, T, H, K, device="cuda", dtype=torch.bfloat16)
-                extra |= {"other": k, "dg": new(1, B, T, H, K)} if role == "dk" else {}
-            else:
-                extra |= {"weights": new(2, NZ, H, B * T), "other": q if role == "dq" else k}
-                extra |= {"products": new(blocks, H, NZ)} if role == "dk" else {}
+            extra |= {"blocks": states(), "weights": new(2, NZ, H, B * T), "other": q if role == "dq" else k}
+            extra |= {"products": new(plan.block_count(), H, NZ)} if role == "dk" else {}
         operands = {"o": (q, k, v), "dq": (do, v, k), "dk": (v, do, q), "dv": (k, q, do)}[role]
         out = new(1, B, T, H, operands[2].shape[3], dtype=torch.bfloat16)
         return lambda: _linear._role(plan, role, *operands, out=out, **extra)
 
+    def launch_channel(part: str) -> Callable[[], Any]:
+        ready = _channel.prepared(plan, q, k)
+        out = new(1, B, T, H, V, dtype=torch.bfloat16)
+        X, blocks, ends = new(1, B, T, H, K), states(), new(plan.block_count(), H, 1, K)
+        return {
+            "prepare": lambda: _channel.prepared(plan, q, k),
+            "o": lambda: _channel.keys(plan, ready, "o", v, heads=H, out=out),
+            "dq": lambda: _channel.queries(plan, ready, "dq", do, v, X, blocks=blocks),
+            "dk": lambda: _channel.queries(plan, ready, "dk", v, do, X, blocks=blocks, ends=ends),
+            "dv": lambda: _channel.keys(plan, ready, "dv", do, heads=H, out=out),
+            "all but dv": lambda: _channel.gradients(plan, ready, do, q, k, v, None, {}, True),
+        }[part]
+
     for values in itertools.product(*candidates.values()):
         times = []
-        for role in ("o", "dq", "dk", "dv"):
+        for role in ("prepare", "o", "dq", "dk", "dv", "all but dv") if channel else ("o", "dq", "dk", "dv"):
             kept = dict(table)
             table.update({r: replace(t, **dict(zip(candidates, values, strict=True))) for r, t in table.items()})
             for r in table if "M" not in candidates else ():  # the block of the gate's gradient stays
                 table[r] = replace(table[r], M=max(1, kept["dk"].C * kept["dk"].M // table[r].C))
             plan.sums = plan.pairs = None
             try:
-                run = launch(role)
+                run = launch_channel(role) if channel else launch(role)
                 began = time.perf_counter()
                 run()
                 torch.cuda.synchronize()

@@ -182,7 +182,7 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
         "--report", type=Path, nargs="+", default=None, metavar="DIR", help="merge records, write into --out or DIR"
     )
     parser.add_argument("--check", action="store_true", help="check the kernels of the rows at small shapes")
-    parser.add_argument("--tune", choices=("none", "scalar", "vector", "exact"), default=None)
+    parser.add_argument("--tune", choices=("none", "scalar", "channel"), default=None)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal of everything but the kernels")
     parser.add_argument("--cold-case", nargs=3, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)

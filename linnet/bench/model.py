@@ -20,7 +20,7 @@ import importlib.util
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,12 +110,13 @@ def step_times(model: nn.Module, shape: Shape, device: str, steps: int, warm: in
     return found | ({"peak_mib": round(torch.cuda.max_memory_allocated() / 2**20)} if cuda else {})
 
 
-def measure(shape: Shape, layer: str, device: str, *, steps: int = 10, warm: int = 3, peers: bool = True) -> list[dict[str, Any]]:
-    """One record per implementation; what fails is a record with its error."""
+def measure(
+    shape: Shape, layer: str, device: str, *, steps: int = 10, warm: int = 3, peers: bool = True
+) -> Iterator[dict[str, Any]]:
+    """One record per implementation, as they end; what fails is a record with its error."""
     makers: dict[str, Callable[[Shape, str], nn.Module]] = {"linnet": linnet_model}
     if peers and device.startswith("cuda") and layer in PAIRS and importlib.util.find_spec("fla.models") is not None:
         makers["fla"] = fla_model
-    records = []
     for name, make in makers.items():
         record: dict[str, Any] = {"by": name, "layer": layer, "device": device, "torch": torch.__version__, **vars(shape)}
         torch.manual_seed(0)
@@ -133,8 +134,7 @@ def measure(shape: Shape, layer: str, device: str, *, steps: int = 10, warm: int
             record["gpu"] = torch.cuda.get_device_name()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        records.append(record)
-    return records
+        yield record
 
 
 def _unlocked() -> contextlib.AbstractContextManager[Any]:
@@ -175,14 +175,14 @@ def main(argv: list[str] | None = None) -> None:
     shape = Shape(**{name: getattr(options, name) for name in vars(Shape())})
     if shape.d_model % shape.heads:
         raise ValueError(f"bench model: argument 'heads' must divide d_model = {shape.d_model}; got {shape.heads}")
-    records = measure(shape, options.layers, options.device, steps=options.steps, warm=options.warm, peers=options.peers)
-    for record in records:
+    for record in measure(shape, options.layers, options.device, steps=options.steps, warm=options.warm, peers=options.peers):
         print(line(record), flush=True)
+        if options.out is not None:
+            options.out.mkdir(parents=True, exist_ok=True)
+            path = options.out / "model.json"
+            before = json.loads(path.read_text()) if path.exists() else []
+            path.write_text(json.dumps([*before, record], indent=1))
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / "model.json"
-        before = json.loads(path.read_text()) if path.exists() else []
-        path.write_text(json.dumps(before + records, indent=1))
         print(f"written: {path}")
 
 

@@ -1,15 +1,12 @@
-"""Linear attention with one decay per key channel: the four roles of _kernel_scalar.py, decay on the key side or the value side.
+"""Linear attention with one decay per key channel on fp32 operands (16 bit: _kernel_channel.py), in four roles (_kernel_scalar.py).
 
     out_t = scale * sum_s sum_c x_tc y_sc z_s e^{G_t - G_s}    the decay belongs to the contracted channels c (o, dv: SIDE_KEY)
                                                             or to the columns of z and of the output (dq, dk: not SIDE_KEY)
 Everything is transposed, S is [Z, D], so that the state is the register operand of its product and a chunk may be 16 rows.
-Exponents are exact sums of log-decays, products with a 0/1 matrix (16-bit high and low parts): no cumulative sums, no differences,
-and no anchor lies in the future, so a later token changes no earlier result, bit for bit.
+Exponents are exact sums of log-decays, products with a 0/1 matrix: no cumulative sums, no differences, and no anchor lies in the
+future, so a later token changes no earlier result, bit for bit.
 
-FRAME: inside a chunk e^{E_t - E_s} = 2^{E_t - A} 2^{A - E_s} (E in base 2). Chunks of 16 rows: A = 0, the chunk's start, which
-    needs |sum over a chunk| <= 80: the caller declared log_decay >= -5. Chunks of 32 rows (ANCHORED): A is an integer near the
-    sum at the middle, per channel. The middle lies in the future of the first rows, but a power of two only shifts exponents:
-    mantissas are formed apart, and every product has the same bits for every A.
+FRAME: inside a chunk of 16 rows e^{E_t - E_s} is split at the chunk's start, which the caller allowed by declaring a bound.
 Not FRAME: any decay. Halving: the pairs (t, s) whose smallest common aligned block has 2h rows decay by e^{sum from the middle to
     t} e^{sum from s to the middle}, both <= 1: one masked product for every h = C/2 ... 1. On the key side these products do not
     depend on the state: `pairs_kernel` forms them for all chunks at once, o and dv read the same [C, C] tiles.
@@ -29,7 +26,6 @@ from linnet.ops.triton._kernel_common import (
     load_tile,
     save_block,
     save_state,
-    shifted_exp2,
     split_range,
     state_at,
     store_tile,
@@ -39,22 +35,15 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def sums(high, low, m, SPLIT: tl.constexpr, IP: tl.constexpr):
-    """[channels, C] sums of log-decays selected by the 0/1 matrix m [C, C], base 2."""
-    e = tl.dot(high, m, input_precision=IP)
-    if SPLIT:
-        e = tl.dot(low, m, e, input_precision=IP)
-    return e * LOG2E
+def sums(g, mask, IP: tl.constexpr):
+    """[channels, C] sums of log-decays selected by the 0/1 matrix [C, C], base 2."""
+    return tl.dot(g, mask.to(tl.float32), input_precision=IP) * LOG2E
 
 
 @triton.jit
-def selected(w, m, start, BF: tl.constexpr, IP: tl.constexpr):
-    """start + w m with a 0/+-1 matrix m, w [channels, C] in fp32 as high and low parts."""
-    high = w.to(BF)
-    e = tl.dot(high, m, input_precision=IP)
-    if BF != tl.float32:
-        e = tl.dot((w - high.to(tl.float32)).to(BF), m, e, input_precision=IP)
-    return e + start[:, None]
+def selected(w, mask, start, IP: tl.constexpr):
+    """start + w mask."""
+    return tl.dot(w, mask.to(tl.float32), input_precision=IP) + start[:, None]
 
 
 @triton.jit
@@ -63,11 +52,11 @@ def vector_role(
     T, BT, stride_x, stride_y, stride_z, stride_g, stride_other, scale, scale_in, scale_out, floor,
     H, Hx, Hy, Hz, Hg, Ho, H_in, H_out, D, Z, in_d, in_z, ND, NZ, NS,
     BD: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr, M: tl.constexpr, STAGES: tl.constexpr,
-    SIDE_KEY: tl.constexpr, FRAME: tl.constexpr, ANCHORED: tl.constexpr, REV: tl.constexpr, EXCL: tl.constexpr, OUT: tl.constexpr,
+    SIDE_KEY: tl.constexpr, FRAME: tl.constexpr, REV: tl.constexpr, EXCL: tl.constexpr, OUT: tl.constexpr,
     DESC: tl.constexpr, ROWS: tl.constexpr,
     COL_D: tl.constexpr, COL_Z: tl.constexpr, PACKED: tl.constexpr, GATE: tl.constexpr, HAS_IN: tl.constexpr, FIRST: tl.constexpr,
     HAS_OUT: tl.constexpr, OUT_DESC: tl.constexpr, BLOCKS: tl.constexpr, BLOCKS_DESC: tl.constexpr,
-    SPLIT: tl.constexpr, STORE: tl.constexpr, IP: tl.constexpr,
+    STORE: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """One role; arguments as in `scalar_role`. GATE: 1 write `inter` (dq role), 2 read it and write dg (dk role)."""
     pid = tl.program_id(0)
@@ -85,8 +74,6 @@ def vector_role(
     r = tl.arange(0, C)
     ri = r[:, None]
     ci = r[None, :]
-    DT: tl.constexpr = y.dtype.element_ty if not DESC else y.dtype
-    BF: tl.constexpr = tl.bfloat16 if DT == tl.float16 else DT  # factors and states may leave the range of fp16
     OT: tl.constexpr = o.dtype if STORE else (o.dtype.element_ty if OUT else tl.float32)
     S = tl.zeros([BZ, BD], tl.float32)
     if HAS_IN:
@@ -122,31 +109,23 @@ def vector_role(
         if OUT:
             xb = load_tile(x, row, ok, stride_x, (h // (H // Hx)) * D + cd, D - cd, d, DESC, ROWS and not DESC, COL_D)
         gb = tl.trans(tl.maximum(gb, floor))
-        high = gb.to(BF)
-        low = (gb - high.to(tl.float32)).to(BF)
+        gb = gb.to(tl.float32)
         if not OUT:
-            whole += tl.sum(gb.to(tl.float32), 1)
+            whole += tl.sum(gb, 1)
         # ---- factors: fq, fk inside a frame; sq, sk between the chunk's state and its tokens; dec over the chunk
         if FRAME:
-            E = sums(high, low, (ri <= ci).to(BF), SPLIT, IP)
-            E_read = sums(high, low, (ri < ci).to(BF), SPLIT, IP) if EXCL else E
+            E = sums(gb, (ri <= ci), IP)
+            E_read = sums(gb, (ri < ci), IP) if EXCL else E
             whole_sum = tl.sum(tl.where(ci == C - 1, E, 0.0), 1)[:, None]
             dec = tl.exp2(whole_sum)
-            if ANCHORED:
-                anchor = tl.ceil(tl.sum(tl.where(ci == C // 2 - 1, E, 0.0), 1))[:, None]
-                fq = shifted_exp2(E_read, -anchor)
-                fk = shifted_exp2(-E, anchor)
-                sq = fq * tl.exp2(anchor)
-                sk = fk * tl.exp2(whole_sum - anchor)
-            else:
-                fq = tl.exp2(E_read)
-                fk = tl.exp2(-E)
-                sq = fq
-                sk = fk * dec
+            fq = tl.exp2(E_read)
+            fk = tl.exp2(-E)
+            sq = fq
+            sk = fk * dec
         else:
-            sq = tl.exp2(sums(high, low, (ri < ci if EXCL else ri <= ci).to(BF), SPLIT, IP))
-            sk = tl.exp2(sums(high, low, (ri > ci).to(BF), SPLIT, IP))
-            dec = tl.exp2(tl.sum(gb.to(tl.float32), 1) * LOG2E)[:, None]
+            sq = tl.exp2(sums(gb, (ri < ci if EXCL else ri <= ci), IP))
+            sk = tl.exp2(sums(gb, (ri > ci), IP))
+            dec = tl.exp2(tl.sum(gb, 1) * LOG2E)[:, None]
         if REV:  # rows: the token that is summed over (in); columns: the token that is computed (out)
             keep = (ci < ri) if (EXCL or not SIDE_KEY) else (ci <= ri)
         else:
@@ -159,11 +138,11 @@ def vector_role(
                 xt = tl.trans(xb)
                 if FRAME:
                     if REV:
-                        xf = (xt * fk).to(BF)
-                        yf = (yt * fq).to(BF)
+                        xf = xt * fk
+                        yf = yt * fq
                     else:
-                        xf = (xt * fq).to(BF)
-                        yf = (yt * fk).to(BF)
+                        xf = xt * fq
+                        yf = yt * fk
                     A = tl.dot(tl.trans(yf), xf, input_precision=IP)
                     A = tl.where(keep, A, 0.0)
                 else:
@@ -174,29 +153,29 @@ def vector_role(
                         A = tl.load(at_pair + (ri * C + ci))
                     A = tl.where(id == 0, A, tl.zeros_like(A))
                 if REV:
-                    xs = (xt * sk).to(BF)
+                    xs = xt * sk
                 else:
-                    xs = (xt * sq).to(BF)
-                O = tl.dot(S.to(BF), xs, input_precision=IP)
+                    xs = xt * sq
+                O = tl.dot(S, xs, input_precision=IP)
             if REV:
-                ys = (yt * sq).to(BF)
+                ys = yt * sq
             else:
-                ys = (yt * sk).to(BF)
+                ys = yt * sk
             if OUT:
-                O = tl.dot(zt.to(BF), A.to(BF), O, input_precision=IP)
-            S = tl.dot(zt.to(BF), tl.trans(ys), S * tl.trans(dec), input_precision=IP)
+                O = tl.dot(zt, A, O, input_precision=IP)
+            S = tl.dot(zt, tl.trans(ys), S * tl.trans(dec), input_precision=IP)
         else:
             P = tl.dot(yb, tl.trans(xb), input_precision=IP)
             if REV:
                 fo = sk
-                zs = (zt * sq).to(BF)
+                zs = zt * sq
             else:
                 fo = sq
-                zs = (zt * sk).to(BF)
+                zs = zt * sk
             if not EXCL:
                 own = tl.sum(tl.where(ri == ci, P, 0.0), 0)
             P = tl.where(keep, P, 0.0)
-            O = tl.dot(S.to(BF), tl.trans(xb).to(BF), input_precision=IP) * fo
+            O = tl.dot(S, tl.trans(xb), input_precision=IP) * fo
             inside = (cz + zz < Z)[:, None] & ok[None, :]
             if GATE == 1:
                 tl.store(inter + at_z, (O * scale).to(inter.dtype.element_ty), mask=inside)
@@ -205,24 +184,24 @@ def vector_role(
                 through = tl.trans(load_tile(inter, id * BT + row, ok, H * Z, h * Z + cz, Z - cz, zz, DESC, ROWS, COL_Z)).to(
                     tl.float32
                 )
-                through = zt.to(tl.float32) * through
-                own_k = kt.to(tl.float32) * O * scale
+                through = zt * through
+                own_k = kt * O * scale
                 Q = tl.where((ci > ri), tl.dot(xb, tl.trans(yb), input_precision=IP), 0.0)  # the same products, [out, in]
                 wq = tl.zeros([BZ, C], tl.float32)
                 wk = tl.zeros([BZ, C], tl.float32)
             if FRAME:
                 if REV:
                     fi = fk
-                    zf = (zt * fq).to(BF)
+                    zf = zt * fq
                 else:
                     fi = fq
-                    zf = (zt * fk).to(BF)
-                Y = tl.dot(zf, P.to(BF), input_precision=IP)
+                    zf = zt * fk
+                Y = tl.dot(zf, P, input_precision=IP)
                 O += Y * fi
                 if GATE == 2:
-                    kf = (kt * fk).to(BF)
-                    wk = kf.to(tl.float32) * Y
-                    wq = zf.to(tl.float32) * tl.dot(kf, Q.to(BF), input_precision=IP)
+                    kf = kt * fk
+                    wk = kf * Y
+                    wq = zf * tl.dot(kf, Q, input_precision=IP)
             else:
                 for i in tl.static_range(0, 6):
                     hh = C >> (i + 1)
@@ -230,22 +209,22 @@ def vector_role(
                         middle = (ci // (2 * hh)) * (2 * hh) + hh
                         after = (ri >= middle) & (ri < ci if EXCL else ri <= ci) & (ci >= middle)
                         before = (ri > ci) & (ri < middle) & (ci < middle)
-                        fl = tl.exp2(sums(high, low, (after | before).to(BF), SPLIT, IP))
+                        fl = tl.exp2(sums(gb, (after | before), IP))
                         level = (ri // (2 * hh) == ci // (2 * hh)) & (ri // hh != ci // hh)
-                        zl = (zt * fl).to(BF)
-                        Y = tl.dot(zl, tl.where(level, P, 0.0).to(BF), input_precision=IP)
+                        zl = zt * fl
+                        Y = tl.dot(zl, tl.where(level, P, 0.0), input_precision=IP)
                         O += Y * fl
                         if GATE == 2:
-                            kl = (kt * fl).to(BF)
-                            wk += kl.to(tl.float32) * Y
-                            wq += zl.to(tl.float32) * tl.dot(kl, tl.where(level, Q, 0.0).to(BF), input_precision=IP)
+                            kl = kt * fl
+                            wk += kl * Y
+                            wq += zl * tl.dot(kl, tl.where(level, Q, 0.0), input_precision=IP)
             if not EXCL:
-                O += own[None, :] * zt.to(tl.float32)
+                O += own[None, :] * zt
             if BLOCKS == 1:
                 if (c + 1) % M == 0 or c == chunks - 1:
                     save_block(blocks, S, (block0 + c // M) * H + h, cd, cz, d, zz, D, Z, BLOCKS_DESC, True)
             if GATE == 2:
-                tail = (ri >= ci).to(BF)
+                tail = ri >= ci
                 if EXCL:
                     through += wq * scale
                     w = wk * -scale
@@ -257,17 +236,17 @@ def vector_role(
                         * scale
                         * tl.sum(dec, 1)
                     )
-                    R = selected(own_k, (ri < ci).to(BF), running, BF, IP)
+                    R = selected(own_k, (ri < ci), running, IP)
                 else:
                     w = w - own_k
                     R = tl.zeros([BZ, C], tl.float32) + running[:, None]
                 running += tl.sum(w, 1)
-                R += selected(w, tail, tl.zeros_like(running), BF, IP)
+                R += selected(w, tail, tl.zeros_like(running), IP)
                 if EXCL:
-                    R += selected(through, (ri > ci).to(BF), tl.zeros_like(running), BF, IP)
+                    R += selected(through, (ri > ci), tl.zeros_like(running), IP)
                     running += tl.sum(through, 1)
                 tl.store(dg + at_z, R.to(dg.dtype.element_ty), mask=inside)
-            S = tl.dot(zs, yb.to(BF), S * dec, input_precision=IP)
+            S = tl.dot(zs, yb, S * dec, input_precision=IP)
         if OUT:
             ob = tl.trans((O * scale).to(OT))
             store_tile(o, ob, id * BT + row, id.to(tl.int64) * BT + row, ok, H * Z, h * Z + cz, Z - cz, zz, STORE, ROWS, COL_Z)
@@ -288,13 +267,12 @@ def vector_role(
 def pairs_kernel(
     q, k, g, pairs, cu, T, N, stride_q, stride_k, stride_g, H, Hq, Hk, Hg, D, ND,
     BD: tl.constexpr, C: tl.constexpr, EXCL: tl.constexpr, ROWS: tl.constexpr, COL_D: tl.constexpr, PACKED: tl.constexpr,
-    SPLIT: tl.constexpr, IP: tl.constexpr,
+    IP: tl.constexpr,
 ):  # fmt: skip
     """pairs[chunk, h, s, t] = sum_c q_tc k_sc e^{sum of g over s+1..t} for any decay; a program per chunk of C tokens and head."""
     h = tl.program_id(0) % H
     chunk = tl.program_id(0) // H
     first, length, begin = block_range(cu, chunk, T, N, C, PACKED)
-    BF: tl.constexpr = pairs.dtype.element_ty
     d = tl.arange(0, BD)
     r = tl.arange(0, C)
     ri = r[:, None]
@@ -309,8 +287,7 @@ def pairs_kernel(
             kt = tl.trans(load_tile(k, row, ok, stride_k, (h // (H // Hk)) * D + cd, D - cd, d, False, ROWS, COL_D))
             gb = load_tile(g, row, ok, stride_g, (h // (H // Hg)) * D + cd, D - cd, d, False, ROWS, COL_D)
             gb = tl.trans(tl.maximum(gb, -200.0))
-            high = gb.to(BF)
-            low = (gb - high.to(tl.float32)).to(BF)
+            gb = gb.to(tl.float32)
             part = tl.zeros([C, C], tl.float32)
             for i in tl.static_range(0, 6):
                 hh = C >> (i + 1)
@@ -318,12 +295,12 @@ def pairs_kernel(
                     middle = (ci // (2 * hh)) * (2 * hh) + hh
                     after = (ri >= middle) & (ri < ci if EXCL else ri <= ci) & (ci >= middle)
                     before = (ri > ci) & (ri < middle) & (ci < middle)
-                    fl = tl.exp2(sums(high, low, (after | before).to(BF), SPLIT, IP))
-                    Al = tl.dot(tl.trans((kt * fl).to(BF)), (qt * fl).to(BF), input_precision=IP)
+                    fl = tl.exp2(sums(gb, (after | before), IP))
+                    Al = tl.dot(tl.trans(kt * fl), qt * fl, input_precision=IP)
                     part = tl.where((ri < ci) & (ri // (2 * hh) == ci // (2 * hh)) & (ri // hh != ci // hh), Al, part)
             if not EXCL:
-                own = tl.sum(qt.to(tl.float32) * kt.to(tl.float32), 0)
+                own = tl.sum(qt * kt, 0)
                 part = tl.where(ri == ci, own[None, :], part)
             A += part
         at = pairs + (chunk.to(tl.int64) * H + h) * (C * C) + ri * C + ci
-        tl.store(at, A.to(BF))
+        tl.store(at, A)

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from linnet.ops.triton import _table
+from linnet.ops.triton import _channel, _table
 from linnet.ops.triton._kernel_scalar import (
     gate_kernel,
     join_kernel,
@@ -26,12 +26,18 @@ def _role(
     call: Call, role: str, x, y, z, *, heads=None, out=None, splits=1, S_in=None, first=False, scale_in=1.0, S_out=None,
     scale_out=1.0, other=None, weights=None, inter=None, dg=None, blocks=None, products=None, total=None, normalizer=None,
 ):  # fmt: skip
-    """Launch one role. x None: only the state and its total decay. Returns the number of partial results per output.
+    """Launch one role. x None: only the state and its total decay.
 
     normalizer: the operands ones, low, s_in, s_out, s_blocks of `scalar_role`, and floor.
     """
-    t = call.tile(role)
     H = call.H if heads is None else heads
+    if call.in_channels:
+        _channel.keys(
+            call, call.ready, role, z, heads=H, out=out, splits=splits, S_in=S_in, first=first, scale_in=scale_in, S_out=S_out,
+            scale_out=scale_out, total=total,
+        )  # fmt: skip
+        return
+    t = call.tile(role)
     D, Z = y.shape[3], z.shape[3]
     BD = max(16, min(triton.next_power_of_2(D), t.BD))
     BZ = max(16, min(triton.next_power_of_2(Z), t.BZ))
@@ -87,8 +93,7 @@ def _role(
         vector_role[grid](
             *operands, g, pairs, target, other, inter, dg, S_in, S_target, blocks, total, call.cu, *sizes, stride_g,
             *scales, call.floor, *counts,
-            FRAME=call.frame > 0, ANCHORED=C > call.frame, SIDE_KEY=key_side, GATE=0 if inter is None else 2 if role == "dk" else 1,
-            SPLIT=not fp32 and call.g.dtype == torch.float32,
+            FRAME=call.frame > 0, SIDE_KEY=key_side, GATE=0 if inter is None else 2 if role == "dk" else 1,
             STORE=store, IP=precision, **shared,
         )  # fmt: skip
     else:
@@ -108,7 +113,6 @@ def _role(
             STORE=store, GAIN=call.gain is not None, ONES=0 if normalizer is None else ("o", "dq", "dk").index(role) + 1,
             ONES_IN=column[2] is not None, FLOOR=bool(floor), IP=precision, **shared,
         )  # fmt: skip
-    return ND, NZ
 
 
 def _sums(call: Call) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
@@ -132,17 +136,16 @@ def _sums(call: Call) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
 def _pairs(call: Call, q: Tensor, k: Tensor) -> Tensor:
     """The decayed products q_t . k_s inside every chunk, for any decay [chunks, H, C, C], once for the roles of a call."""
     if call.pairs is None:
-        t, fp32 = call.tile("o"), call.dtype == torch.float32
+        t = call.tile("o")
         chunks = call.T // t.C + call.N if call.cu is not None else call.N * triton.cdiv(call.T, t.C)
         BD = max(16, min(triton.next_power_of_2(call.K), t.BD))
-        dtype = torch.bfloat16 if call.dtype == torch.float16 else call.dtype
-        call.pairs = torch.empty(chunks, call.H, t.C, t.C, dtype=dtype, device=q.device)
+        call.pairs = torch.empty(chunks, call.H, t.C, t.C, dtype=torch.float32, device=q.device)
         q, k, g = rows_of(q), rows_of(k), call.g
         pairs_kernel[(chunks * call.H,)](
             q, k, g, call.pairs, call.cu, call.T, call.N, q.stride(1), k.stride(1), g.stride(1), call.H, q.shape[2], k.shape[2],
             g.shape[2], call.K, triton.cdiv(call.K, BD), BD=BD, C=t.C, EXCL=call.exclusive,
             ROWS=call.cu is not None or call.T % t.C != 0, COL_D=call.K % BD != 0, PACKED=call.cu is not None,
-            SPLIT=not fp32 and g.dtype == torch.float32, IP="tf32x3" if fp32 else "tf32", num_warps=_table.PAIR_WARPS,
+            IP="tf32x3", num_warps=_table.PAIR_WARPS,
         )  # fmt: skip
     return call.pairs
 
@@ -187,6 +190,9 @@ def forward(q, k, v, g, S0, cu, scale: float, exclusive: bool, heads: int, bound
     call = Call(q, v, g, cu, scale, exclusive, heads, bound)
     S0 = None if S0 is None else S0.contiguous()
     parts = _partials(call, "o", v.new_empty(1, 1, call.H, call.V), call.K)
+    if call.in_channels:
+        call.ready = _channel.prepared(call, q, k)
+        _channel.add_far(call, call.ready, q, k)
     if call.splits > 1:
         start, S = _split_states(call, "o", k, v, heads, S0, False, 1.0, 1.0)
         _role(call, "o", q, k, v, out=parts, splits=call.splits, S_in=start)
@@ -219,30 +225,36 @@ def backward(
     do = do.contiguous()
     S0 = start if NS > 1 else None if S0 is None else S0.contiguous()
     dS = None if dS is None else dS.contiguous()
-    dq, dk, dv = _partials(call, "dq", q, V), _partials(call, "dk", k, V), _partials(call, "dv", v, K)
+    dv = _partials(call, "dv", v, K)
+    if call.in_channels:
+        call.ready = _channel.prepared(call, q, k)
     if NS > 1:
         R_in, dS0 = _split_states(call, "dv", q, do, H, dS, True, 1 / scale, scale)
         into = dict(splits=NS, S_in=R_in)
     else:
         dS0 = new(call.N, H, K, V)
         into = dict(S_in=dS, first=True, scale_in=1 / scale)
-    blocks = new(NB, H, V, K).to(q.dtype if q.dtype != torch.float16 else torch.bfloat16) if gate else None
-    extra_q |= dict(blocks=blocks)
-    extra_k |= dict(blocks=blocks)
-    ND = dq.shape[0]
-    if gate and call.kind == "vector":
-        inter = torch.empty(dq.shape[0], call.B, call.T, H, K, dtype=blocks.dtype, device=q.device)
-        dg = new(ND, call.B, call.T, H, K)
-        extra_q |= dict(inter=inter)
-        extra_k |= dict(inter=inter, other=k, dg=dg)
-    elif gate:
-        NQ, NK = (ND * -(-K // max(16, min(triton.next_power_of_2(K), call.tile(r).BZ))) for r in ("dq", "dk"))
-        query, products = new(NQ, H, call.B * call.T), new(NB, H, NK)
-        key = new(2 if gain is None else 3, NK, H, call.B * call.T)
-        extra_q |= dict(weights=query, other=q)
-        extra_k |= dict(weights=key, other=k, products=products)
-    _role(call, "dq", do, v, k, out=dq, splits=NS, S_in=S0, **extra_q)
-    _role(call, "dk", v, do, q, out=dk, **into, **extra_k)
+    if call.in_channels:
+        dq, dk, dg = _channel.gradients(call, call.ready, do, q, k, v, S0, into, gate)
+    else:
+        dq, dk = _partials(call, "dq", q, V), _partials(call, "dk", k, V)
+        blocks = new(NB, H, V, K).to(q.dtype if q.dtype != torch.float16 else torch.bfloat16) if gate else None
+        extra_q |= dict(blocks=blocks)
+        extra_k |= dict(blocks=blocks)
+        ND = dq.shape[0]
+        if gate and call.kind == "vector":
+            inter = torch.empty(ND, call.B, call.T, H, K, dtype=blocks.dtype, device=q.device)
+            dg = new(ND, call.B, call.T, H, K)
+            extra_q |= dict(inter=inter)
+            extra_k |= dict(inter=inter, other=k, dg=dg)
+        elif gate:
+            NQ, NK = (ND * -(-K // max(16, min(triton.next_power_of_2(K), call.tile(r).BZ))) for r in ("dq", "dk"))
+            query, products = new(NQ, H, call.B * call.T), new(NB, H, NK)
+            key = new(2 if gain is None else 3, NK, H, call.B * call.T)
+            extra_q |= dict(weights=query, other=q)
+            extra_k |= dict(weights=key, other=k, products=products)
+        _role(call, "dq", do, v, k, out=dq, splits=NS, S_in=S0, **extra_q)
+        _role(call, "dk", v, do, q, out=dk, **into, **extra_k)
     _role(call, "dv", k, q, do, out=dv, **into, **(dict(S_out=dS0, scale_out=scale) if NS == 1 else {}))
     dgain = None
     if gate and call.kind == "vector":

@@ -36,24 +36,20 @@ SCALAR = {
     "dk": Tile(M=4, transposed=False),
     "dv": Tile(M=4),
 }
-VECTOR = {  # dq and dk exchange what passes through the states of their chunks: the same C
-    "o": Tile(C=32, BZ=128, warps=8, M=2, stages=3),
-    "dq": Tile(C=16, M=4, stages=3),
-    "dk": Tile(C=16, M=4, stages=4),
-    "dv": Tile(C=32, BZ=128, warps=8, M=2, stages=3),
+CHANNEL = {  # one stage less for sequences whose chunks are not whole
+    "o": Tile(BZ=128, warps=8, M=4, stages=4),
+    "dq": Tile(BZ=128, warps=8, M=4, stages=3),
+    "dk": Tile(BZ=128, warps=8, M=4, stages=3),
+    "dv": Tile(BZ=128, warps=8, M=4, stages=4),
 }
-EXACT = {
-    "o": Tile(C=32, M=2, stages=3),
-    "dq": Tile(C=16, M=4, stages=3),
-    "dk": Tile(C=16, M=4, stages=3),
-    "dv": Tile(C=32, M=2, stages=3),
-}
+CHANNEL_REGISTERS = {"prepare": 80, "finish": 128}  # most registers a thread, so that more programs fit a processor
 PAIR_WARPS = 2
 FP32 = {
     "none": Tile(C=32, BZ=32, M=4, stages=1),
     "scalar": Tile(C=32, BZ=32, M=4, stages=1),
     "vector": Tile(C=16, BZ=32, M=8, stages=1),
     "exact": Tile(C=16, BZ=32, M=8, stages=1),
+    "channel": Tile(BZ=128, warps=8, M=2, stages=1),
 }
 
 
@@ -99,16 +95,16 @@ DELTA_WIDE = {  # key or value heads of 129 to 256 channels
 }
 DELTA_FP32 = DeltaTile(C=32, BV=32, BD=64, warps=4, stages=1, descriptors=False, inverse="float32")
 DPLR = {
-    "prepare": DeltaTile(BD=32),
-    "fold": DeltaTile(BD=32),
+    "prepare": DeltaTile(BD=64),
+    "fold": DeltaTile(BD=64),
     "forward": SWEEP,
     "backward": SWEEP,
-    "solved": DeltaTile(),
-    "gradients": DeltaTile(BD=32),
+    "solved": DeltaTile(BV=128),
+    "gradients": DeltaTile(BD=64),
 }
 DPLR_TABLE = {"sm90": DPLR}
 DELTA_TABLE = {"sm90": {128: DELTA, 256: DELTA_WIDE}}
-TABLE = {"sm90": {"none": NONE, "scalar": SCALAR, "vector": VECTOR, "exact": EXACT}}
+TABLE = {"sm90": {"none": NONE, "scalar": SCALAR, "channel": CHANNEL}}
 DEFAULT_ARCHITECTURE = "sm90"
 
 
