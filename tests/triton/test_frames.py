@@ -13,6 +13,7 @@ import test_delta_rule as delta
 import test_linear_attention as linear
 import torch
 import torch.nn.functional as F
+from accuracy import error
 
 import linnet.ops as ops
 from linnet.ops.triton import _plan, _table
@@ -79,9 +80,31 @@ def test_linear_attention_with_a_bound(framed, device, bound):
     linear.assert_is_the_recurrence(x, state, most, log_decay_min=bound)
 
 
-def test_linear_attention_of_groups_and_odd_widths(framed, device):
+@pytest.mark.parametrize("bound", [-5.0, -1.0])
+def test_a_decay_below_its_bound_stays_finite(framed, device, bound):
+    x, _ = linear.operands(device, 70, B=1, kind="vector", heads=(1, 1, 1, 1), strength=100.0, dtype=limit(device)[0])
+    leaves = [a.requires_grad_() for a in x.values()]
+    o, _ = ops.linear_attention(*leaves, log_decay_min=bound, backend="triton")
+    assert all(a.isfinite().all() for a in (o, *torch.autograd.grad(o.float().sum(), leaves)))
+
+
+@pytest.mark.parametrize("strength", [0.05, 5.0])
+def test_linear_attention_without_a_gradient_of_the_decay(framed, device, strength):
     dtype, most = limit(device)
-    x, state = linear.operands(device, 64, 24, 33, B=2, kind="vector", heads=(4, 2, 1, 1), strength=2.0, dtype=dtype)
+    x, _ = linear.operands(device, 130, 32, 16, B=1, kind="vector", heads=(1, 1, 1, 1), strength=strength, dtype=dtype)
+    results = []
+    for backend, to in (("triton", dtype), ("torch", torch.float64)):
+        leaves = [x[n].to(to).detach().requires_grad_() for n in "qkv"]
+        o, _ = ops.linear_attention(*leaves, x["log_decay"].to(torch.promote_types(to, torch.float32)), backend=backend)
+        results.append([o, *torch.autograd.grad(o.square().sum(), leaves)])
+    for got, want in zip(*results, strict=True):
+        assert error(got, want) < most
+
+
+@pytest.mark.parametrize(("K", "V", "heads"), [(24, 33, (4, 2, 1, 1)), (192, 16, (1, 1, 1, 1))])
+def test_linear_attention_of_groups_and_odd_widths(framed, device, K, V, heads):
+    dtype, most = limit(device)
+    x, state = linear.operands(device, 64, K, V, B=2, kind="vector", heads=heads, strength=4.0, dtype=dtype)
     linear.assert_is_the_recurrence(x, state, most)
 
 

@@ -59,8 +59,8 @@ def prepared(call: Call, q: Tensor, k: Tensor) -> Ready:
     near = torch.ones(chunks, H, NK, dtype=torch.int32, device=q.device) if call.far else None
     pairs = new(chunks, H, NK, C, C, dtype=dtype) if call.far else None
     prepare_kernel[(chunks * H * NK,)](
-        q, k, g, qs, ks, dec, near, call.cu, call.T, call.N, stride(q), stride(k), stride(g), H, heads(q), heads(k), heads(g), K,
-        NK, BK=BK, C=C, EXCL=call.exclusive, FAR=call.far, ROWS=ragged(call), COL=K % BK != 0, PACKED=packed,
+        q, k, g, qs, ks, dec, near, call.cu, call.T, call.N, stride(q), stride(k), stride(g), call.floor, H, heads(q), heads(k),
+        heads(g), K, NK, BK=BK, C=C, EXCL=call.exclusive, FAR=call.far, ROWS=ragged(call), COL=K % BK != 0, PACKED=packed,
         maxnreg=_table.CHANNEL_REGISTERS["prepare"],
         num_warps=warps(BK),
     )  # fmt: skip
@@ -81,9 +81,10 @@ def add_far(call: Call, ready: Ready, q: Tensor, k: Tensor, v: Tensor | None = N
     each = min(SCAN, max(1, triton.cdiv(count, 4 * call.processors)))
     far_kernel[(triton.cdiv(count, each),)](
         q, k, v, do, g, ready.near, ready.pairs, *own, call.cu, call.T, call.B * call.T, call.N, stride(q), stride(k), stride(v),
-        stride(do), stride(g), call.scale, call.H, heads(q), heads(k), heads(v), heads(g), K, V, NK, triton.cdiv(V, BV), NF, count,
-        each, BK=BK, BV=BV, C=C, EXCL=call.exclusive, GRAD=do is not None, GATE=own[2] is not None, ROWS=ragged(call),
-        COL=K % BK != 0, PACKED=call.cu is not None, SCAN=SCAN, IP=precision(call), num_warps=warps(width(K)),
+        stride(do), stride(g), call.floor, call.scale, call.H, heads(q), heads(k), heads(v), heads(g), K, V, NK,
+        triton.cdiv(V, BV), NF, count, each, BK=BK, BV=BV, C=C, EXCL=call.exclusive, GRAD=do is not None,
+        GATE=own[2] is not None, ROWS=ragged(call), COL=NK * BK != K, PACKED=call.cu is not None, SCAN=SCAN, IP=precision(call),
+        num_warps=warps(width(K)),
     )  # fmt: skip
 
 
@@ -181,8 +182,8 @@ def gradients(call: Call, ready: Ready, do: Tensor, q: Tensor, k: Tensor, v: Ten
     queries(call, ready, "dk", v, do, Y, **into, blocks=blocks, ends=ends)
     for far in (False, True)[: 1 + call.far]:  # each takes the blocks that it is for
         finish_kernel[(NB * H * NK,)](
-            ready.qs, ready.ks, call.g, ready.near, X, Y, ends, dq, dk, dg, call.cu, T, B * T, call.N, stride(call.g), H,
-            heads(call.g), K, NK, ND, BK=BK, C=C, M=call.block // C, EXCL=call.exclusive, FAR=far, CHOOSE=call.far, GATE=gate,
+            ready.qs, ready.ks, call.g, ready.near, X, Y, ends, dq, dk, dg, call.cu, T, B * T, call.N, stride(call.g), call.floor,
+            H, heads(call.g), K, NK, ND, BK=BK, C=C, M=call.block // C, EXCL=call.exclusive, FAR=far, CHOOSE=call.far, GATE=gate,
             ROWS=ragged(call), COL=K % BK != 0, PACKED=call.cu is not None, maxnreg=_table.CHANNEL_REGISTERS["finish"],
             num_warps=warps(BK),
         )  # fmt: skip

@@ -36,7 +36,6 @@ from linnet.ops.triton._kernel_common import (
 LOG2E = tl.constexpr(1.4426950408889634)
 OCTETS = tl.constexpr(8)
 NEAR = tl.constexpr(96.0)  # 2^96 and 2^-96 times an operand are in the range of fp32 and bf16
-RESET = tl.constexpr(-110.0)  # e^-110 is zero in fp32: below it a decay is a reset
 
 
 @triton.jit
@@ -126,14 +125,14 @@ def later(x):
 
 @triton.jit
 def log_decays(
-    g, row, stride, column, left, width, I: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    g, row, stride, column, left, width, floor, I: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    return tl.maximum(load_octets(g, row, stride, column, left, width, I, D, ROWS, COLUMNS).to(tl.float32), RESET)
+    return tl.maximum(load_octets(g, row, stride, column, left, width, I, D, ROWS, COLUMNS).to(tl.float32), floor)
 
 
 @triton.jit
 def prepare_kernel(
-    q, k, g, qs, ks, dec, near, cu, T, N, stride_q, stride_k, stride_g, H, Hq, Hk, Hg, K, NK,
+    q, k, g, qs, ks, dec, near, cu, T, N, stride_q, stride_k, stride_g, floor, H, Hq, Hk, Hg, K, NK,
     BK: tl.constexpr, C: tl.constexpr, EXCL: tl.constexpr, FAR: tl.constexpr, ROWS: tl.constexpr, COL: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -150,7 +149,7 @@ def prepare_kernel(
         ck = ik * BK
         qb = load_octets(q, row, stride_q, (h // (H // Hq)) * K + ck, left, K - ck, I, BK, ROWS, COL)
         kb = load_octets(k, row, stride_k, (h // (H // Hk)) * K + ck, left, K - ck, I, BK, ROWS, COL)
-        gb = log_decays(g, row, stride_g, (h // (H // Hg)) * K + ck, left, K - ck, I, BK, ROWS, COL)
+        gb = log_decays(g, row, stride_g, (h // (H // Hg)) * K + ck, left, K - ck, floor, I, BK, ROWS, COL)
         E, before, whole = exponents(gb)
         base = tl.zeros([BK], tl.float32)
         if FAR:
@@ -365,7 +364,7 @@ def queries_role(
 
 @triton.jit
 def finish_kernel(
-    qs, ks, g, near, X, Y, ends, dq, dk, dg, cu, T, BT, N, stride_g, H, Hg, K, NK, ND,
+    qs, ks, g, near, X, Y, ends, dq, dk, dg, cu, T, BT, N, stride_g, floor, H, Hg, K, NK, ND,
     BK: tl.constexpr, C: tl.constexpr, M: tl.constexpr, EXCL: tl.constexpr, FAR: tl.constexpr, CHOOSE: tl.constexpr,
     GATE: tl.constexpr, ROWS: tl.constexpr, COL: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -398,7 +397,7 @@ def finish_kernel(
             start = begin + c * C
             row = first + start
             left = length - start
-            gb = log_decays(g, row, stride_g, (h // (H // Hg)) * K + ck, left, K - ck, I, BK, ROWS, COL)
+            gb = log_decays(g, row, stride_g, (h // (H // Hg)) * K + ck, left, K - ck, floor, I, BK, ROWS, COL)
             E, before, whole = exponents(gb)
             is_near = True
             base = tl.zeros([BK], tl.float32)
@@ -476,8 +475,8 @@ def shifted(e, n):
 
 @triton.jit
 def far_kernel(
-    q, k, v, do, g, near, pairs, dq, dk, dg, cu, T, BT, N, stride_q, stride_k, stride_v, stride_do, stride_g, scale,
-    H, Hq, Hk, Hv, Hg, K, V, NK, NV, NF, count, each,
+    q, k, v, do, g, near, pairs, dq, dk, dg, cu, T, BT, N, stride_q, stride_k, stride_v, stride_do, stride_g, floor,
+    scale, H, Hq, Hk, Hv, Hg, K, V, NK, NV, NF, count, each,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, EXCL: tl.constexpr, GRAD: tl.constexpr, GATE: tl.constexpr,
     ROWS: tl.constexpr, COL: tl.constexpr, PACKED: tl.constexpr, SCAN: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
@@ -509,7 +508,7 @@ def far_kernel(
                     ok = r < left
                     qb = load_octets(q, row, stride_q, (h // (H // Hq)) * K + ck, left, K - ck, I, BK, ROWS, COL)
                     kb = load_octets(k, row, stride_k, (h // (H // Hk)) * K + ck, left, K - ck, I, BK, ROWS, COL)
-                    gb = log_decays(g, row, stride_g, (h // (H // Hg)) * K + ck, left, K - ck, I, BK, ROWS, COL)
+                    gb = log_decays(g, row, stride_g, (h // (H // Hg)) * K + ck, left, K - ck, floor, I, BK, ROWS, COL)
                     E, before, whole = exponents(gb)
                     Eq = (E - gb if EXCL else E) * LOG2E
                     before = before * LOG2E

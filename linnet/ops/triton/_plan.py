@@ -15,6 +15,7 @@ from linnet.ops.triton import _table
 SHORT = 1024  # tokens up to which a state is kept for every chunk: cheap there, and the most accurate
 WIDEST = 256  # key and value channels per head that the delta rule holds: a state tile of 512 key channels fills the registers
 CHANNEL_CHUNK, NEAR = 64, 66.0  # 64 tokens over which all log-decays together stay within 66 are near: e^66 = 2^95
+RESET = -110.0  # e^-110 is zero in fp32
 SAFE_EXPONENT = 80.0  # e^80 and e^-80 are in the range of fp32 and bf16
 SAFE_EXPONENT_FP32 = 40.0  # and the last of the three terms of a TF32 product of e^-40 still is
 
@@ -75,10 +76,13 @@ class Call:
         self.kind = "none" if g is None else "scalar" if g.shape[3] == 1 else "vector"
         self.dtype = q.dtype
         self.frame = frame_rows(self.kind, q.dtype, bound)
-        self.floor = -safe_exponent(self.dtype) / self.frame if self.frame else -200.0
+        self.far = bound is None or bound * CHANNEL_CHUNK < -NEAR
+        if self.in_channels:
+            self.floor = RESET if self.far else -NEAR / CHANNEL_CHUNK
+        else:
+            self.floor = -safe_exponent(self.dtype) / self.frame if self.frame else -200.0
         self.architecture, self.processors = facts(q)
         self.sums = self.pairs = self.ready = None  # filled by the first role that needs them
-        self.far = bound is None or bound * CHANNEL_CHUNK < -NEAR
         kind = "channel" if self.in_channels else "vector" if self.frame else "exact"
         self.table_kind = kind if self.kind == "vector" else self.kind
 
