@@ -27,6 +27,7 @@ def framed(device, monkeypatch):
         monkeypatch.setattr(_plan, "SAFE_EXPONENT_FP32", _plan.SAFE_EXPONENT)
         monkeypatch.setattr(_plan.DeltaCall, "framed", property(lambda call: call.frame > 0))
         monkeypatch.setattr(_table, "DELTA_FP32", replace(_table.DELTA_FP32, C=64, BD=32))
+        monkeypatch.setitem(_table.FP32, "channel", _table.Tile(BZ=128, warps=8, M=2, stages=1))
         monkeypatch.setattr(_plan.Call, "in_channels", property(lambda call: call.kind == "vector"))
 
 

@@ -46,6 +46,7 @@ def heads(a: Tensor | None) -> int:
 
 
 def prepared(call: Call, q: Tensor, k: Tensor) -> Ready:
+    """Everything that does not depend on values, for all chunks at once."""
     C, K, H, g = call.tile("o").C, call.K, call.H, call.g
     BK = width(K)
     NK, packed = triton.cdiv(K, BK), call.cu is not None
@@ -61,13 +62,14 @@ def prepared(call: Call, q: Tensor, k: Tensor) -> Ready:
     prepare_kernel[(chunks * H * NK,)](
         q, k, g, qs, ks, dec, near, call.cu, call.T, call.N, stride(q), stride(k), stride(g), call.floor, H, heads(q), heads(k),
         heads(g), K, NK, BK=BK, C=C, EXCL=call.exclusive, FAR=call.far, ROWS=ragged(call), COL=K % BK != 0, PACKED=packed,
-        maxnreg=_table.CHANNEL_REGISTERS["prepare"],
-        num_warps=warps(BK),
+        maxnreg=_table.CHANNEL_REGISTERS["prepare"], num_warps=warps(BK),
     )  # fmt: skip
-    return Ready(qs, ks, dec, near, pairs)
+    ready = Ready(qs, ks, dec, near, pairs)
+    far(call, ready, q, k)
+    return ready
 
 
-def add_far(call: Call, ready: Ready, q: Tensor, k: Tensor, v: Tensor | None = None, do: Tensor | None = None, own=(None,) * 3):
+def far(call: Call, ready: Ready, q: Tensor, k: Tensor, v: Tensor | None = None, do: Tensor | None = None, own=(None,) * 3):
     """Pairs of the chunks that are not near; or, with v and do, what these pairs add to dq, dk and (unless None) dg."""
     if not call.far:
         return
@@ -154,11 +156,12 @@ def queries(
     store = desc and t.store and not rows
     target = TensorDescriptor(out, [out.shape[0] * call.B * call.T, H * Z], [H * Z, 1], [C, BZ]) if store else out
     kept = desc and blocks is not None
+    fewer = rows or call.block == C  # a state for every chunk is one more tile to fetch ahead
     queries_role[(call.N * splits * H * ND * NZ,)](
         wrap(x, BD), wrap(y, BD), wrap(zs, BZ), wrap(ready.ks, BZ), ready.dec, ready.near, target, ends, S_in,
         states(blocks, D, BZ, BD) if kept else blocks, call.cu, call.T, call.B * call.T, stride(x), stride(y), call.scale, scale_in,
         H, heads(x), heads(y), 1 if S_in is None else S_in.shape[1], D, Z, ND, NZ, splits, BD=BD, BZ=BZ, C=C, M=call.block // C,
-        STAGES=max(1, t.stages - (rows or call.block == C)), REV=name == "dk", EXCL=call.exclusive, FAR=call.far, DESC=desc,
+        STAGES=max(1, t.stages - fewer), REV=name == "dk", EXCL=call.exclusive, FAR=call.far, DESC=desc,
         ROWS=rows, COL_D=D % BD != 0, COL_Z=Z % BZ != 0, PACKED=call.cu is not None, HAS_IN=S_in is not None, FIRST=first,
         GATE=blocks is not None, BLOCKS_DESC=kept, STORE=store, IP=precision(call), num_warps=warps(BZ),
     )  # fmt: skip
@@ -175,15 +178,14 @@ def gradients(call: Call, ready: Ready, do: Tensor, q: Tensor, k: Tensor, v: Ten
     X, Y = (new(ND, B, T, H, K, dtype=torch.float32) for _ in range(2))
     blocks = new(NB, H, K, call.V, dtype=ready.qs.dtype) if gate else None
     ends = new(NB, H, ND, K, dtype=torch.float32) if gate else None
-    add_far(call, ready, q, k)
-    add_far(call, ready, q, k, v, do, (dq, dk, dg))
+    far(call, ready, q, k, v, do, (dq, dk, dg))
     splits = into.get("splits", 1)
     queries(call, ready, "dq", do, v, X, splits=splits, S_in=S_in, blocks=blocks)
     queries(call, ready, "dk", v, do, Y, **into, blocks=blocks, ends=ends)
-    for far in (False, True)[: 1 + call.far]:  # each takes the blocks that it is for
+    for of_far in (False, True)[: 1 + call.far]:  # each takes the blocks that it is for
         finish_kernel[(NB * H * NK,)](
             ready.qs, ready.ks, call.g, ready.near, X, Y, ends, dq, dk, dg, call.cu, T, B * T, call.N, stride(call.g), call.floor,
-            H, heads(call.g), K, NK, ND, BK=BK, C=C, M=call.block // C, EXCL=call.exclusive, FAR=far, CHOOSE=call.far, GATE=gate,
+            H, heads(call.g), K, NK, ND, BK=BK, C=C, M=call.block // C, EXCL=call.exclusive, FAR=of_far, CHOOSE=call.far, GATE=gate,
             ROWS=ragged(call), COL=K % BK != 0, PACKED=call.cu is not None, maxnreg=_table.CHANNEL_REGISTERS["finish"],
             num_warps=warps(BK),
         )  # fmt: skip

@@ -480,10 +480,10 @@ def far_kernel(
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, EXCL: tl.constexpr, GRAD: tl.constexpr, GATE: tl.constexpr,
     ROWS: tl.constexpr, COL: tl.constexpr, PACKED: tl.constexpr, SCAN: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """Of the chunks that are not near (near [chunks, H, NF]): pairs [chunks, H, NK, C, C], or with GRAD what they add to dq, dk,
-    dg.
+    """Of the chunks that are not near: pairs [chunks, H, NK, C, C], or with GRAD what they add to dq, dk and dg.
 
-    A program has `each` <= SCAN of the `count` = chunks * H * NK tiles; nearly always none of them is far.
+    near [chunks, H, NF]: a flag serves NK / NF tiles. A program has `each` <= SCAN of the `count` = chunks * H * NK tiles; nearly
+    always none of them is far.
     """
     I: tl.constexpr = C // OCTETS
     BF: tl.constexpr = pairs.dtype.element_ty

@@ -192,7 +192,6 @@ def forward(q, k, v, g, S0, cu, scale: float, exclusive: bool, heads: int, bound
     parts = _partials(call, "o", v.new_empty(1, 1, call.H, call.V), call.K)
     if call.in_channels:
         call.ready = _channel.prepared(call, q, k)
-        _channel.add_far(call, call.ready, q, k)
     if call.splits > 1:
         start, S = _split_states(call, "o", k, v, heads, S0, False, 1.0, 1.0)
         _role(call, "o", q, k, v, out=parts, splits=call.splits, S_in=start)

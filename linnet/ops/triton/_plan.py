@@ -174,4 +174,5 @@ class DplrCall(DeltaCall):
         self.floor = -safe_exponent(self.dtype) / self.frame if self.frame > 1 else -200.0
 
     def tile(self, part: str) -> _table.DeltaTile:
-        return _table.dplr_tile(self.architecture, part, self.dtype.itemsize)
+        kind = "whole" if self.kind == "none" or self.frame == _table.SWEEP.C else "cut"
+        return _table.dplr_tile(self.architecture, kind, part, self.dtype.itemsize)

@@ -49,7 +49,6 @@ FP32 = {
     "scalar": Tile(C=32, BZ=32, M=4, stages=1),
     "vector": Tile(C=16, BZ=32, M=8, stages=1),
     "exact": Tile(C=16, BZ=32, M=8, stages=1),
-    "channel": Tile(BZ=128, warps=8, M=2, stages=1),
 }
 
 
@@ -94,7 +93,7 @@ DELTA_WIDE = {  # key or value heads of 129 to 256 channels
     },
 }
 DELTA_FP32 = DeltaTile(C=32, BV=32, BD=64, warps=4, stages=1, descriptors=False, inverse="float32")
-DPLR = {
+DPLR = {  # one frame a chunk; where a chunk is cut into frames or halves, wider tiles spill thousands of bytes
     "prepare": DeltaTile(BD=64),
     "fold": DeltaTile(BD=64),
     "forward": SWEEP,
@@ -102,19 +101,22 @@ DPLR = {
     "solved": DeltaTile(BV=128),
     "gradients": DeltaTile(BD=64),
 }
-DPLR_TABLE = {"sm90": DPLR}
+DPLR_CUT = DPLR | {part: DeltaTile(BD=32) for part in ("prepare", "fold", "gradients")}
+DPLR_TABLE = {"sm90": {"whole": DPLR, "cut": DPLR_CUT}}
 DELTA_TABLE = {"sm90": {128: DELTA, 256: DELTA_WIDE}}
 TABLE = {"sm90": {"none": NONE, "scalar": SCALAR, "channel": CHANNEL}}
 DEFAULT_ARCHITECTURE = "sm90"
 
 
 def tile(architecture: str, kind: str, role: str, element_size: int) -> Tile:
-    """The configuration of one role; architectures without measurements use those of sm90, without tensor descriptors before it."""
+    """The configuration of one role. Architectures without measurements use those of sm90; older ones with at most two stages (they
+    have less shared memory) and no tensor descriptors."""
     if element_size == 4:
         chosen = FP32[kind]
     else:
         chosen = TABLE.get(architecture, TABLE[DEFAULT_ARCHITECTURE])[kind][role]
-    return replace(chosen, descriptors=False) if int(architecture.removeprefix("sm")) < 90 else chosen  # sm100 is newer
+    older = int(architecture.removeprefix("sm")) < 90  # sm100 is newer
+    return replace(chosen, descriptors=False, stages=min(chosen.stages, 2)) if older else chosen
 
 
 def delta_tile(architecture: str, kind: str, part: str, element_size: int, width: int) -> DeltaTile:
@@ -125,11 +127,11 @@ def delta_tile(architecture: str, kind: str, part: str, element_size: int, width
     return replace(chosen, descriptors=False) if int(architecture.removeprefix("sm")) < 90 else chosen
 
 
-def dplr_tile(architecture: str, part: str, element_size: int) -> DeltaTile:
-    """The configuration of one kernel of DPLR."""
+def dplr_tile(architecture: str, kind: str, part: str, element_size: int) -> DeltaTile:
+    """The configuration of one kernel of DPLR; kind: whether its chunks are "whole" or "cut" into frames or halves."""
     if element_size == 4:
         return DELTA_FP32
-    chosen = DPLR_TABLE.get(architecture, DPLR_TABLE[DEFAULT_ARCHITECTURE])[part]
+    chosen = DPLR_TABLE.get(architecture, DPLR_TABLE[DEFAULT_ARCHITECTURE])[kind][part]
     return replace(chosen, descriptors=False) if int(architecture.removeprefix("sm")) < 90 else chosen
 
 
