@@ -107,6 +107,8 @@ CALLS = {
     "decode": lambda: decode(1, 1, 128),
     "decode, wide tiles and several tokens": lambda: decode(64, 4, 256),
     "linear attention, gain and normalizer": lambda: linear(264, 64, "scalar", normalizer="floor"),
+    "linear attention, decay per head": lambda: linear(2, 2048, "scalar"),
+    "linear attention, decay per head, wide odd sizes": lambda: linear(1, 250, "scalar", K=192, read="before"),
     "linear attention, per channel": lambda: linear(2, 2048, "channel"),
     "linear attention, per channel, bound that leaves all chunks near": lambda: linear(2, 256, "channel", log_decay_min=-1.0),
     "linear attention, per channel, rest of a chunk": lambda: linear(2, 250, "channel", K=64, read="before"),

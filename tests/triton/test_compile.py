@@ -24,7 +24,9 @@ LOST = "delta rule, per channel, rest of a chunk"  # ptxas 12.8 loses an address
     [
         ("decode", {"step_kernel", "conv_kernel", "selective_kernel"}),
         ("decode, wide tiles and several tokens", {"step_kernel", "conv_kernel", "selective_kernel"}),
-        ("linear attention, gain and normalizer", {"maximum_kernel", "scalar_role", "undivided_kernel", "gate_kernel"}),
+        ("linear attention, gain and normalizer", {"maximum_kernel", "scalar_role", "undivided_kernel", "gradients_kernel"}),
+        ("linear attention, decay per head", {"sums_kernel", "scalar_role", "gate_kernel", "join_kernel"}),
+        pytest.param("linear attention, decay per head, wide odd sizes", {"scalar_role", "gate_kernel"}, marks=pytest.mark.slow),
         ("linear attention, per channel, bound that leaves all chunks near", {"prepare_kernel", "keys_role", "queries_role"}),
         pytest.param("linear attention, per channel", {"far_kernel", "finish_kernel", "join_kernel"}, marks=pytest.mark.slow),
         pytest.param("linear attention, per channel, rest of a chunk", {"far_kernel", "finish_kernel"}, marks=pytest.mark.slow),

@@ -108,8 +108,8 @@ def test_causal_bit_for_bit(device):
     assert torch.equal(run(x), run(changed))
 
 
-def test_complex_operands_fall_back():
-    x = torch.randn(1, 4, 3, dtype=torch.complex64)
+def test_complex_operands_fall_back(device):
+    x, a = torch.randn(1, 4, 3, dtype=torch.complex64, device=device), torch.rand(3, device=device)
     with pytest.raises(ValueError, match="float32, bfloat16 or float16"):
-        ops.scan(x, a=torch.rand(3), backend="triton")
-    assert ops.scan(x, a=torch.rand(3))[0].is_complex()
+        ops.scan(x, a=a, backend="triton")
+    assert ops.scan(x, a=a)[0].is_complex()

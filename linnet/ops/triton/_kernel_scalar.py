@@ -6,14 +6,13 @@
 
 Grid: one program per (row of the state, split of its time, head, block of the contraction width D, tile of the width Z); it walks
 its chunks of C tokens and keeps its tile of the state in fp32 registers. Device memory is read once per tile; nothing of size
-T x C or T/C x K x V is stored, except in the dq role when the gate needs a gradient: one state per L = C*M tokens (16 bit).
+T x C or T/C x K x V is stored, except in the dq role when the gate needs a gradient: one state per L = C*M tokens (16 bit), and
+where `gradients_kernel`, which takes over for calls with a normalizer, wants the states at the starts of all chunks (`states`).
 
 Gain. A token's log-gain i multiplies what it writes: its sum of decays G becomes G - i wherever it is a key.
 
-Normalizer. n_t = scale * sum_s Gamma(t, s) q_t . k_s is one more value column, of ones: `ONES` says where a role sees it.
-    1 (o): one more output, by which the others are divided: |n| or at least `low` (FLOOR), or n + low
-    2 (dq): one more channel of D, dn_t at the query, one at the key      3 (dk): the same, read the other way
-Its part of the state is a vector, s, over D (1) or Z (2, 3).
+Normalizer. n_t = scale * sum_s Gamma(t, s) q_t . k_s is one more value column, of ones: o has one more output, by which the others
+are divided, |n| or at least `low` (FLOOR), or n + low. Its part of the state is a vector, s, over D.
 
 Gate. dg_t = D_end + sum_{t' >= t, same block} (q.dq - k.dk)_{t'}, with D_end = <S, R> at the end of the block of L tokens (formed
 without cancellation, see `gate_kernel`): the sum never runs over more than L tokens, both roles round the same products
@@ -44,21 +43,24 @@ RESET = tl.constexpr(-160.0)  # 2^-160 is zero in fp32: below it a decay is a re
 
 @triton.jit
 def scalar_role(
-    x, y, z, G_sum, P_sum, C_sum, K_sum, o, other, weights, S_in, S_out, blocks, products, ones, low, s_in, s_out, s_blocks, cu,
+    x, y, z, G_sum, P_sum, C_sum, K_sum, o, other, weights, S_in, S_out, states, products, ones, low, s_in, s_out, s_states, cu,
     T, BT, G_width, chunk_count, stride_x, stride_y, stride_z, stride_other, scale, scale_in, scale_out,
     H, Hx, Hy, Hz, Hg, Ho, H_in, H_out, D, Z, in_d, in_z, ND, NZ, NS,
     BD: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr, M: tl.constexpr, STAGES: tl.constexpr, TR: tl.constexpr,
     REV: tl.constexpr, EXCL: tl.constexpr, DECAY: tl.constexpr, OUT: tl.constexpr, DESC: tl.constexpr, ROWS: tl.constexpr,
     COL_D: tl.constexpr, COL_Z: tl.constexpr, PACKED: tl.constexpr, GATE: tl.constexpr, HAS_IN: tl.constexpr, FIRST: tl.constexpr,
-    HAS_OUT: tl.constexpr, OUT_DESC: tl.constexpr, BLOCKS: tl.constexpr, BLOCKS_DESC: tl.constexpr, F64: tl.constexpr,
+    HAS_OUT: tl.constexpr, OUT_DESC: tl.constexpr, STATES: tl.constexpr, STATES_DESC: tl.constexpr, F64: tl.constexpr,
     G_DESC: tl.constexpr, STORE: tl.constexpr, GAIN: tl.constexpr, ONES: tl.constexpr, ONES_IN: tl.constexpr, FLOOR: tl.constexpr,
-    IP: tl.constexpr,
+    TOTAL: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """One role. GATE: also write sum_z other * (out without s = t). BLOCKS: 1 store, 2 multiply with, the states at block ends.
+    """One role. GATE: also write sum_z other * (out without s = t).
 
+    STATES: 1 store, 2 multiply with the states before the last chunks of all blocks, [blocks, H, D, Z]; 3 store those that meet
+    any chunk, [chunks, H, D, Z], chunks counted by blocks of M.
     S_in [rows*NS, H_in, K, V] (in_d, in_z: strides of D and Z) enters times scale_in, only into the first head of a group if
-    FIRST; S_out is written times scale_out. Without OUT only the state (from zero) and its total decay (`weights`) are written.
-    ones [H, BT]: n for ONES 1, dn for 2 and 3; low [Hg, BT]; s_in, s_out like S_in and S_out; s_blocks: s where `blocks` has S.
+    FIRST; S_out is written times scale_out. Without OUT there is only the state, with TOTAL also its total decay (`weights`).
+    ONES: `ones` [H, BT] is n, written by o, or with REV dn, by which the queries are weighed; low [Hg, BT]; s_in, s_out and
+    s_states like S_in, S_out and states.
     """
     pid = tl.program_id(0)
     iz = pid % NZ
@@ -90,14 +92,14 @@ def scalar_role(
         if FIRST:
             mask = mask & (h % (H // H_in) == 0)
         S = tl.load(at, mask=mask, other=0.0).to(tl.float32) * scale_in
-    if ONES > 0:  # columns 0 and 1 are sums with the high and the low parts of the weights
-        s = tl.zeros([BD if ONES == 1 else BZ, 16], tl.float32)
+    if ONES:  # columns 0 and 1 are sums with the high and the low parts of the weights
+        s = tl.zeros([BD, 16], tl.float32)
         column = tl.arange(0, 16)[None, :]
         if ONES_IN:
-            mask = cz + zz < Z
+            mask = cd + d < D
             if FIRST:
                 mask = mask & (h % (H // H_in) == 0)
-            x_in = tl.load(s_in + (part * H_in + h // (H // H_in)) * Z + cz + zz, mask=mask, other=0.0) * scale_in
+            x_in = tl.load(s_in + (part * H_in + h // (H // H_in)) * D + cd + d, mask=mask, other=0.0) * scale_in
             s = tl.where(column == 0, x_in[:, None], s)
     chunks = (length + C - 1) // C
     block0 = first_block(cu, n, T, C * M, PACKED) + begin // (C * M)
@@ -132,25 +134,12 @@ def scalar_role(
             else:
                 A = tl.dot(xb, tl.trans(yb), input_precision=IP)
                 O = tl.dot(xb.to(ST), S.to(ST), input_precision=IP)
-            if ONES > 1:
-                dn = tl.load(ones + h.to(tl.int64) * BT + row + r, mask=ok, other=0.0)
-                if (ONES == 2) == TR:
-                    A += dn[None, :]
-                else:
-                    A += dn[:, None]
-                whole = tl.sum(s, 1)
-                if TR:
-                    O += (dn[None, :] if ONES == 2 else 1.0) * whole[:, None]
-                else:
-                    O += (dn[:, None] if ONES == 2 else 1.0) * whole[None, :]
             if EXCL or GATE:
                 keep = out_i < in_i if REV else out_i > in_i
             else:
                 keep = out_i <= in_i if REV else out_i >= in_i
             if GATE and not EXCL:
                 own = tl.sum(tl.where(out_i == in_i, A, 0.0), 0 if TR else 1)
-                if GAIN:
-                    own = own * tl.exp2(P - G)
             if DECAY:
                 if TR != REV:
                     e = P[None, :] - G[:, None]
@@ -160,7 +149,7 @@ def scalar_role(
                 w_out = w_key if REV else w_query
                 O = O * (w_out[None, :] if TR else w_out[:, None])
             A = tl.where(keep, A, 0.0)
-            if ONES == 1:
+            if ONES:
                 high = s.to(ST)
                 count = tl.dot(xb.to(ST), high, input_precision=IP)
                 count = tl.sum(tl.dot(xb.to(ST), (s - high.to(tl.float32)).to(ST), count, input_precision=IP), 1)
@@ -175,19 +164,16 @@ def scalar_role(
                 if TR:
                     ub = tl.trans(ub)
                 wp = weights + (id * NZ + iz).to(tl.int64) * H * BT + h.to(tl.int64) * BT + row + r
-            if BLOCKS == 2:
+            if STATES == 2:
                 inside = tl.zeros([C], tl.float32)
                 ends = (c + 1) % M == 0 or c == chunks - 1
                 if ends:  # what a chunk sends beyond its block may be far larger than its own pairs: weighed apart
                     SR = (
                         tl.sum(
-                            tl.sum(S * load_block(blocks, (block0 + c // M) * H + h, cd, cz, d, zz, D, Z, BLOCKS_DESC, TR), 1), 0
+                            tl.sum(S * load_block(states, (block0 + c // M) * H + h, cd, cz, d, zz, D, Z, STATES_DESC, TR), 1), 0
                         )
                         * carry
                     )
-                    if ONES == 3:
-                        at_s = s_blocks + ((block0 + c // M).to(tl.int64) * H + h) * Z + cz + zz
-                        SR += tl.sum(tl.sum(s, 1) * tl.load(at_s, mask=cz + zz < Z, other=0.0), 0) * carry
                     tl.store(products + ((block0 + c // M).to(tl.int64) * H + h) * (ND * NZ) + id * NZ + iz, SR * scale)
                     tl.store(wp + h.to(tl.int64) * 0 + ND * NZ * H * BT, tl.sum(ub * O, 0 if TR else 1) * scale, mask=ok)
                     if TR:
@@ -200,7 +186,7 @@ def scalar_role(
                 O = tl.dot(A, zb, O, input_precision=IP)
             if GATE:
                 weight = tl.sum(ub * O, 0 if TR else 1)
-                if BLOCKS == 2:
+                if STATES == 2:
                     weight = tl.where(ends, inside, weight)
                 tl.store(wp, weight * scale, mask=ok)
                 if not EXCL:
@@ -208,10 +194,8 @@ def scalar_role(
                         own = own[None, :] * tl.trans(zb).to(tl.float32)
                     else:
                         own = own[:, None] * zb.to(tl.float32)
-                    if GAIN and REV:
-                        tl.store(wp + h.to(tl.int64) * 0 + 2 * ND * NZ * H * BT, tl.sum(ub * own, 0 if TR else 1) * scale, mask=ok)
                     O += own
-            if ONES == 1:
+            if ONES:
                 if iz == 0:
                     tl.store(ones + h.to(tl.int64) * BT + row + r, count, mask=ok)
                 least = tl.load(low + (h // (H // Hg)).to(tl.int64) * BT + row + r, mask=ok, other=1.0)
@@ -225,11 +209,14 @@ def scalar_role(
             if TR:
                 ob = tl.trans(ob)
             store_tile(o, ob, id * BT + row, id.to(tl.int64) * BT + row, ok, H * Z, h * Z + cz, Z - cz, zz, STORE, ROWS, COL_Z)
-        if BLOCKS == 1:
+        if STATES == 1:
             if (c + 1) % M == 0 or c == chunks - 1:
-                save_block(blocks, S, (block0 + c // M) * H + h, cd, cz, d, zz, D, Z, BLOCKS_DESC, TR)
-                if ONES == 2:
-                    tl.store(s_blocks + ((block0 + c // M).to(tl.int64) * H + h) * Z + cz + zz, tl.sum(s, 1), mask=cz + zz < Z)
+                save_block(states, S, (block0 + c // M) * H + h, cd, cz, d, zz, D, Z, STATES_DESC, TR)
+        if STATES == 3:
+            save_block(states, S, (block0 * M + c) * H + h, cd, cz, d, zz, D, Z, STATES_DESC, TR)
+            if ONES:
+                if iz == 0:
+                    tl.store(s_states + ((block0 * M + c).to(tl.int64) * H + h) * D + cd + d, tl.sum(s, 1), mask=cd + d < D)
         if DECAY:
             w_in = w_query if REV else w_key
             if TR:
@@ -237,20 +224,23 @@ def scalar_role(
             else:
                 zt = (zb * w_in[:, None]).to(DT)
             S = S * carry
-            if not OUT:
+            if TOTAL:
                 total += GC
         else:
             zt = tl.trans(zb) if TR else zb
-        if ONES > 0:
+        if ONES:
             if DECAY:
                 s = s * carry
-            w = dn if ONES == 3 else tl.full([C], 1.0, tl.float32)
+            if REV:
+                w = tl.load(ones + h.to(tl.int64) * BT + row + r, mask=ok, other=0.0)
+            else:
+                w = tl.full([C], 1.0, tl.float32)
             if DECAY:
                 w = w * w_in
             high = w.to(ST)
             rest = (w - high.to(tl.float32)).to(ST)
             w = tl.where(column == 0, high[:, None], tl.where(column == 1, rest[:, None], tl.zeros([C, 16], ST)))
-            s = tl.dot(tl.trans(yb.to(ST)) if ONES == 1 else tl.trans(zb.to(ST)), w, s, input_precision=IP)
+            s = tl.dot(tl.trans(yb.to(ST)), w, s, input_precision=IP)
         if TR:
             S = tl.dot(zt, yb, S, input_precision=IP)
         else:
@@ -258,17 +248,16 @@ def scalar_role(
         if HAS_OUT and not OUT_DESC:  # in the loop: a store behind it would impose its layout on the state in every iteration
             if j == chunks - 1:
                 save_state(S_out, S * scale_out, part, h, H, H_out, cd + d, cz + zz, D, Z, in_d, in_z, TR)
-    if ONES == 1:
+    if ONES and OUT:
         if iz == 0 and h % (H // H_out) == 0:
             tl.store(s_out + (part * H_out + h // (H // H_out)) * D + cd + d, tl.sum(s, 1) * scale_out, mask=cd + d < D)
     if OUT_DESC:
         rep = H // H_out
         if h % rep == 0:
             S_out.store([(part * H_out + h // rep) * D + cd, cz], tl.trans(S * scale_out) if TR else S * scale_out)
-    if HAS_OUT:
-        if not OUT and DECAY:
-            if id == 0 and iz == 0:
-                tl.store(weights + (part * H + h) + tl.arange(0, 1), total.to(tl.float32))
+    if TOTAL:
+        if id == 0 and iz == 0:
+            tl.store(weights + (part * H + h) + tl.arange(0, 1), total.to(tl.float32))
 
 
 @triton.jit
@@ -326,30 +315,16 @@ def maximum_kernel(
 
 @triton.jit
 def gate_kernel(
-    query,
-    key,
-    products,
-    dg,
-    dgain,
-    cu,
-    T,
-    BT,
-    N,
-    H,
-    Hg,
-    NQ,
-    NK,
-    L: tl.constexpr,
-    C: tl.constexpr,
-    EXCL: tl.constexpr,
-    PACKED: tl.constexpr,
-    GAIN: tl.constexpr,
-):
-    """dg and, with a gain, dgain = k.dk [B*T, Hg] from partial sums: query [NQ, H, B*T], key [2 or 3, NK, H, B*T], products.
+    query, key, products, S, R, s_parts, r_parts, C_sum, dg, dgain, cu, T, BT, N, scale, H, HS, Hg, NQ, NK, K, V,
+    L: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, EXCL: tl.constexpr, PACKED: tl.constexpr,
+    GAIN: tl.constexpr, STATES: tl.constexpr, ONES: tl.constexpr,
+):  # fmt: skip
+    """dg and, with a gain, dgain = k.dk [B*T, Hg] from partial sums query [NQ, H, B*T], key [2 or 3, NK, H, B*T].
 
-    dg_t = product of the states around the block's last chunk + sum of what tokens before t in that chunk send beyond it
+    dg_t = <S, R> around the block's last chunk + sum of what tokens before t in that chunk send beyond it
            + sum_{t' >= t} (q.dq - k.dk)_{t'}, without what the last chunk sends beyond the block (that is key[1]): no
-    large terms cancel. key[2], with a gain: the pairs t' = t, which dgain has and dg has not.
+    large terms cancel. key[2], with a gain: the pairs t' = t, which dgain has and dg has not. <S, R> comes as `products`
+    [blocks, H, NK], or from the STATES [chunks, HS or H, K, V] and, with ONES, their vectors [chunks, HS or H, K].
     """
     block = tl.program_id(0)
     hg = tl.program_id(1)
@@ -366,11 +341,15 @@ def gate_kernel(
             ok_query = ok
         acc = tl.zeros([L], tl.float32)
         gains = tl.zeros([L], tl.float32)
+        if STATES:
+            d = tl.arange(0, BK)
+            z = tl.arange(0, BV)
+            chunk = block * (L // C) + last // C
+            carry = tl.exp2(tl.load(C_sum + (hg * (tl.num_programs(0) * (L // C)) + chunk).to(tl.int64)).to(tl.float32)) * scale
         for i in range(0, H // Hg):
             h = hg * (H // Hg) + i
             wq = tl.zeros([L], tl.float32)
             wk = tl.zeros([L], tl.float32)
-            D = 0.0
             for p in range(0, NQ):
                 wq += tl.load(query + (p * H + h).to(tl.int64) * BT + rows + later, mask=ok_query, other=0.0)
             ws = tl.zeros([L], tl.float32)
@@ -380,13 +359,38 @@ def gate_kernel(
                 ws += tl.load(state_part - 1, mask=ok & (r > last), other=0.0)
                 if GAIN:
                     gains += tl.load(state_part, mask=ok & (r >= last), other=0.0)
-                    gains += tl.load(state_part + NK * H * BT, mask=ok, other=0.0)
-                D += tl.load(products + (block.to(tl.int64) * H + h) * NK + p)
+                    gains += tl.load(key + ((2 * NK + p) * H + h).to(tl.int64) * BT + rows, mask=ok, other=0.0)
+            if STATES:
+                D = block_product(S, R, s_parts, r_parts, chunk * HS + h // (H // HS), chunk * H + h, d, z, K, V, ONES) * carry
+            else:
+                D = 0.0
+                for p in range(0, NK):
+                    D += tl.load(products + (block.to(tl.int64) * H + h) * NK + p)
             acc += tl.cumsum(wq - wk, 0, reverse=True) + tl.cumsum(ws, 0) + D
             gains += wk
         tl.store(dg + rows * Hg + hg, acc, mask=ok)
         if GAIN:
             tl.store(dgain + rows * Hg + hg, gains, mask=ok)
+
+
+@triton.jit
+def block_product(S, R, s_parts, r_parts, at_S, at_R, d, z, K, V, ONES: tl.constexpr):
+    """<S, R> of two kept states [K, V] and of their vectors [K]."""
+    BK: tl.constexpr = d.shape[0]
+    BV: tl.constexpr = z.shape[0]
+    D = tl.zeros([BK, BV], tl.float32)
+    for ck in range(0, K, BK):
+        for cv in range(0, V, BV):
+            mask = (ck + d < K)[:, None] & (cv + z < V)[None, :]
+            at = (ck + d)[:, None] * V + (cv + z)[None, :]
+            x = tl.load(S + at_S.to(tl.int64) * K * V + at, mask=mask, other=0.0).to(tl.float32)
+            D += x * tl.load(R + at_R.to(tl.int64) * K * V + at, mask=mask, other=0.0).to(tl.float32)
+    D = tl.sum(D, 1)
+    if ONES:
+        for ck in range(0, K, BK):
+            x = tl.load(s_parts + at_S.to(tl.int64) * K + ck + d, mask=ck + d < K, other=0.0)
+            D += x * tl.load(r_parts + at_R.to(tl.int64) * K + ck + d, mask=ck + d < K, other=0.0)
+    return tl.sum(D, 0)
 
 
 @triton.jit

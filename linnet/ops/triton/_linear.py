@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from linnet.ops.triton import _channel, _table
+from linnet.ops.triton._kernel_gradients import gradients_kernel
 from linnet.ops.triton._kernel_scalar import (
     gate_kernel,
     join_kernel,
@@ -24,11 +25,12 @@ from linnet.ops.triton._plan import Call, rows_of
 
 def _role(
     call: Call, role: str, x, y, z, *, heads=None, out=None, splits=1, S_in=None, first=False, scale_in=1.0, S_out=None,
-    scale_out=1.0, other=None, weights=None, inter=None, dg=None, blocks=None, products=None, total=None, normalizer=None,
+    scale_out=1.0, other=None, weights=None, inter=None, dg=None, blocks=None, states=None, products=None, total=None,
+    normalizer=None,
 ):  # fmt: skip
-    """Launch one role. x None: only the state and its total decay.
+    """Launch one role. x None: only the state, before every chunk (`states`) or with its total decay.
 
-    normalizer: the operands ones, low, s_in, s_out, s_blocks of `scalar_role`, and floor.
+    normalizer: the operands ones, low, s_in, s_out, s_states of `scalar_role`, and floor.
     """
     H = call.H if heads is None else heads
     if call.in_channels:
@@ -37,7 +39,7 @@ def _role(
             scale_out=scale_out, total=total,
         )  # fmt: skip
         return
-    t = call.tile(role)
+    t = call.tile("normalized" if normalizer and x is not None else role)
     D, Z = y.shape[3], z.shape[3]
     BD = max(16, min(triton.next_power_of_2(D), t.BD))
     BZ = max(16, min(triton.next_power_of_2(Z), t.BZ))
@@ -72,15 +74,16 @@ def _role(
     out_desc = desc and S_out is not None
     H_out = H if S_out is None else S_out.shape[1]
     S_target = flat(S_out) if out_desc else S_out
-    blocks_desc = desc and blocks is not None and (vector or role == "dk")  # the scalar dq role has no shared memory to spare
-    kept = 0 if blocks is None else 2 if role == "dk" else 1
-    blocks = flat(blocks) if blocks_desc else blocks
+    kept = 3 if states is not None else 0 if blocks is None else 2 if role == "dk" else 1
+    kept_desc = desc and kept > 0 and (vector or role != "dq")  # the scalar dq role has no shared memory to spare
+    blocks = states if kept == 3 else blocks
+    blocks = flat(blocks) if kept_desc else blocks
     in_d, in_z = (Z, 1) if key_side else (1, D)
     H_in = 1 if S_in is None else S_in.shape[1]
     shared = dict(
         BD=BD, BZ=BZ, C=C, M=M, STAGES=t.stages, REV=reverse, EXCL=call.exclusive, OUT=x is not None, DESC=desc, ROWS=rows,
         COL_D=D % BD != 0, COL_Z=Z % BZ != 0, PACKED=call.cu is not None, HAS_IN=S_in is not None, FIRST=first,
-        HAS_OUT=S_out is not None, OUT_DESC=out_desc, BLOCKS=kept, BLOCKS_DESC=blocks_desc, num_warps=t.warps,
+        HAS_OUT=S_out is not None, OUT_DESC=out_desc, num_warps=t.warps,
     )  # fmt: skip
     sizes = (call.T, call.B * call.T, *strides)
     scales = (stride_other, call.scale, scale_in, scale_out)
@@ -94,7 +97,7 @@ def _role(
             *operands, g, pairs, target, other, inter, dg, S_in, S_target, blocks, total, call.cu, *sizes, stride_g,
             *scales, call.floor, *counts,
             FRAME=call.frame > 0, SIDE_KEY=key_side, GATE=0 if inter is None else 2 if role == "dk" else 1,
-            STORE=store, IP=precision, **shared,
+            BLOCKS=kept, BLOCKS_DESC=kept_desc, STORE=store, IP=precision, **shared,
         )  # fmt: skip
     else:
         G, P, C_sum, K_sum = _sums(call) if call.kind == "scalar" else (None,) * 4
@@ -108,10 +111,10 @@ def _role(
         scalar_role[grid](
             *operands, G, P, C_sum, K_sum, target, other, total if x is None else weights, S_in, S_target, blocks, products,
             *column, call.cu, call.T, call.B * call.T, G_width, call.block_count() * M, *strides, *scales, *counts,
-            TR=t.transposed and not (normalizer and role == "o"),  # the sums over keys are rows then: no change of layout
-            DECAY=call.kind == "scalar", GATE=weights is not None, F64=fp32, G_DESC=G_desc,
-            STORE=store, GAIN=call.gain is not None, ONES=0 if normalizer is None else ("o", "dq", "dk").index(role) + 1,
-            ONES_IN=column[2] is not None, FLOOR=bool(floor), IP=precision, **shared,
+            TR=t.transposed and (x is None or not normalizer),  # the sums over keys are rows then: no change of layout
+            DECAY=call.kind == "scalar", GATE=weights is not None, STATES=kept, STATES_DESC=kept_desc, F64=fp32, G_DESC=G_desc,
+            STORE=store, GAIN=call.gain is not None, ONES=normalizer is not None, ONES_IN=column[2] is not None,
+            FLOOR=bool(floor), TOTAL=total is not None, IP=precision, **shared,
         )  # fmt: skip
 
 
@@ -214,16 +217,14 @@ def backward(
     H, K, V, NS, NB = call.H, call.K, call.V, call.splits, call.block_count()
     new = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     gate = g is not None and (need_dg or gain is not None)
-    extra_q, extra_k = {}, {}
+    dS = None if dS is None else dS.contiguous()
     if divided is not None:
-        *output, dn, dz, floor = divided
-        do, dn = _undivided(call, do, *output, dn, floor)
-        s_blocks = new(NB, H, K) if gate else None
-        extra_q["normalizer"] = (dn, None, None, None, s_blocks, floor)
-        extra_k["normalizer"] = (dn, None, dz, None, s_blocks, floor)
+        dq, dk, dv, dg, dgain = _of_chunks(call, do, q, k, v, dS, gate, *divided)
+        grads = (_fold(x, y.shape[2], y.dtype) for x, y in ((dq, q), (dk, k), (dv, v)))
+        return *grads, dg, None, dgain
     do = do.contiguous()
     S0 = start if NS > 1 else None if S0 is None else S0.contiguous()
-    dS = None if dS is None else dS.contiguous()
+    extra_q, extra_k = {}, {}
     dv = _partials(call, "dv", v, K)
     if call.in_channels:
         call.ready = _channel.prepared(call, q, k)
@@ -249,26 +250,69 @@ def backward(
         elif gate:
             NQ, NK = (ND * -(-K // max(16, min(triton.next_power_of_2(K), call.tile(r).BZ))) for r in ("dq", "dk"))
             query, products = new(NQ, H, call.B * call.T), new(NB, H, NK)
-            key = new(2 if gain is None else 3, NK, H, call.B * call.T)
+            key = new(2, NK, H, call.B * call.T)
             extra_q |= dict(weights=query, other=q)
             extra_k |= dict(weights=key, other=k, products=products)
         _role(call, "dq", do, v, k, out=dq, splits=NS, S_in=S0, **extra_q)
         _role(call, "dk", v, do, q, out=dk, **into, **extra_k)
     _role(call, "dv", k, q, do, out=dv, **into, **(dict(S_out=dS0, scale_out=scale) if NS == 1 else {}))
-    dgain = None
     if gate and call.kind == "vector":
         dg = _fold(dg, g.shape[2], torch.float32)
     elif gate:
-        dg = new(call.B, call.T, g.shape[2], 1)
-        dgain = None if gain is None else torch.empty_like(dg)
-        gate_kernel[(NB, g.shape[2])](
-            query, key, products, dg, dgain, cu, call.T, call.B * call.T, call.N, H, g.shape[2], NQ, NK, call.block,
-            call.chunk("dk"), exclusive, cu is not None, gain is not None,
-        )  # fmt: skip
+        dg, _ = _gates(call, query, key, products=products)
     if H != heads:
         dS0 = dS0.unflatten(1, (heads, -1)).sum(2)
     grads = (_fold(x, y.shape[2], y.dtype) for x, y in ((dq, q), (dk, k), (dv, v)))
-    return *grads, dg if gate else None, dS0, dgain
+    return *grads, dg if gate else None, dS0, None
+
+
+def _gates(call: Call, query: Tensor, key: Tensor, *, products: Tensor | None = None, states=(None,) * 4):
+    """dg and dgain (None without a gain) [B, T, Hg, 1] from the parts [n, H, B*T]; states: S, R, s, r of `_of_chunks`."""
+    g, gained, (S, _, s, _), V = call.g, call.gain is not None, states, call.V
+    dg = torch.empty(call.B, call.T, g.shape[2], 1, dtype=torch.float32, device=query.device)
+    dgain = torch.empty_like(dg) if gained else None
+    pow2 = triton.next_power_of_2
+    gate_kernel[(call.block_count(), g.shape[2])](
+        query, key, products, *states, call.sums[2], dg, dgain, call.cu, call.T, call.B * call.T, call.N, call.scale, call.H,
+        1 if S is None else S.shape[1], g.shape[2], query.shape[0], key.shape[1], call.K, V, call.block, call.chunk("dk"),
+        min(64, pow2(call.K)), min(128, pow2(V)), call.exclusive, call.cu is not None, gained, STATES=S is not None,
+        ONES=s is not None,
+    )  # fmt: skip
+    return dg, dgain
+
+
+def _of_chunks(call: Call, dh: Tensor, q: Tensor, k: Tensor, v: Tensor, dS: Tensor | None, gate: bool, *divided):
+    """dq, dk, dv [1, B, T, H, K or V], dg and dgain (None if not needed) of h = o / max(|n|, low) or o / (n + low).
+
+    Two passes keep the states at the starts of all chunks and their adjoints, then one program has all of a chunk.
+    divided: h, n, low, dn, dz, floor.
+    """
+    *output, dn, dz, floor = divided
+    do, dn = _undivided(call, dh, *output, dn, floor)
+    B, T, H, K, V, C, heads = call.B, call.T, call.H, call.K, call.V, call.chunk("o"), call.heads
+    M = call.block // C
+    chunks = call.block_count() * M
+    new = functools.partial(torch.empty, device=q.device, dtype=torch.float32)
+    kept = torch.bfloat16 if call.dtype == torch.float16 else call.dtype
+    S, R, s, r = new(chunks, heads, K, V, dtype=kept), new(chunks, H, K, V, dtype=kept), new(chunks, heads, K), new(chunks, H, K)
+    _role(call, "o", None, k, v, heads=heads, states=S, normalizer=(None, None, None, None, s, floor))
+    into = dict(S_in=dS, first=True, scale_in=1 / call.scale)
+    _role(call, "dv", None, q, do, states=R, normalizer=(dn, None, dz, None, r, floor), **into)
+    dq, dk, dv = (new(1, B, T, H, a.shape[3], dtype=a.dtype if a.shape[2] == H else torch.float32) for a in (q, k, v))
+    G, _, C_sum, K_sum = _sums(call) if call.kind == "scalar" else (None,) * 4
+    query, key = (new(1, H, B * T), new(2 if call.gain is None else 3, 1, H, B * T)) if gate else (None, None)
+    t, fp32 = call.tile("gradients"), call.dtype == torch.float32
+    BK, BV = (max(16, triton.next_power_of_2(n)) for n in (K, V))
+    q, k, v = rows_of(q), rows_of(k), rows_of(v)
+    gradients_kernel[(chunks * H,)](
+        q, k, v, do, G, C_sum, K_sum, S, R, dq, dk, dv, query, key, dn, s, r, call.cu, T, B * T, 0 if G is None else G.shape[1],
+        call.N, q.stride(1), k.stride(1), v.stride(1), do.stride(1), call.scale, H, q.shape[2], k.shape[2], v.shape[2],
+        1 if call.g is None else call.g.shape[2], heads, K, V, BK=BK, BV=BV, C=C, M=M, DECAY=call.kind == "scalar", GATE=gate,
+        GAIN=call.gain is not None, ROWS=call.cu is not None or T % C != 0, COLUMNS=K != BK or V != BV,
+        PACKED=call.cu is not None, IP="tf32x3" if fp32 else "tf32", num_warps=t.warps,
+    )  # fmt: skip
+    dg, dgain = _gates(call, query, key, states=(S, R, s, r)) if gate else (None, None)
+    return dq, dk, dv, dg, dgain
 
 
 def _undivided(call: Call, dh: Tensor, h: Tensor, n: Tensor, low: Tensor, dn: Tensor | None, floor: bool):

@@ -29,13 +29,14 @@ class Tile:
     BD: int = 128
 
 
-NONE = {role: Tile(stages=4, M=4, store=False) for role in ("o", "dq", "dk", "dv")}
+NORMALIZED = {"normalized": Tile(M=4), "gradients": Tile(M=4)}  # o with a normalizer; `gradients_kernel`
+NONE = {role: Tile(stages=4, M=4, store=False) for role in ("o", "dq", "dk", "dv")} | NORMALIZED
 SCALAR = {
-    "o": Tile(M=4),
+    "o": Tile(BZ=128, warps=8, M=4, stages=4),
     "dq": Tile(M=4, transposed=False, store=False),
     "dk": Tile(M=4, transposed=False),
-    "dv": Tile(M=4),
-}
+    "dv": Tile(BZ=128, warps=8, M=4, stages=4),
+} | NORMALIZED
 CHANNEL = {  # one stage less for sequences whose chunks are not whole
     "o": Tile(BZ=128, warps=8, M=4, stages=4),
     "dq": Tile(BZ=128, warps=8, M=4, stages=3),
