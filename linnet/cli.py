@@ -277,7 +277,7 @@ def compare(
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(ctx: typer.Context, target: Annotated[str, typer.Argument(help="what to measure: cpu")]) -> None:
+def bench(ctx: typer.Context, target: Annotated[str, typer.Argument(help="what to measure: cpu, gpu, inverse or model")]) -> None:
     """Measure speed and memory against peers; further arguments go to the benchmark."""
     import importlib
     import importlib.util

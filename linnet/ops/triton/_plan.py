@@ -108,7 +108,7 @@ class Call:
     @property
     def splits(self) -> int:
         t = self.tile("o")
-        programs = self.N * self.heads * -(-self.V // t.BZ) * (t.warps // 4)  # as many as of four warps
+        programs = self.N * self.heads * -(-self.V // t.BZ) * max(1, t.warps // 4)  # as many as of four warps
         return _table.splits(programs, self.T, self.block, self.processors)
 
     def block_count(self) -> int:
@@ -157,7 +157,7 @@ class DeltaCall:
     @property
     def splits(self) -> int:
         t = self.tile("forward")
-        programs = self.N * self.H * -(-self.V // t.BV) * (t.warps // 4)  # as many as of four warps
+        programs = self.N * self.H * -(-self.V // t.BV) * max(1, t.warps // 4)  # as many as of four warps
         return _table.splits(programs, self.T, 2 * self.C, self.processors)
 
 
