@@ -276,8 +276,16 @@ def compare(
         raise ValueError(f"{len(failed)} of {len(arms)} architectures failed: {', '.join(failed)}; see {out}/results.jsonl")
 
 
+def _benchmarks() -> list[str]:
+    import pkgutil
+
+    import linnet.bench
+
+    return sorted(m.name for m in pkgutil.iter_modules(linnet.bench.__path__) if not m.name.startswith("_"))
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(ctx: typer.Context, target: Annotated[str, typer.Argument(help="what to measure: cpu, gpu, inverse or model")]) -> None:
+def bench(ctx: typer.Context, target: Annotated[str, typer.Argument(help=f"what to measure: {', '.join(_benchmarks())}")]) -> None:
     """Measure speed and memory against peers; further arguments go to the benchmark."""
     import importlib
     import importlib.util
@@ -286,14 +294,6 @@ def bench(ctx: typer.Context, target: Annotated[str, typer.Argument(help="what t
     if not target.isidentifier() or target.startswith("_") or importlib.util.find_spec(name) is None:
         raise ValueError(f"benchmark must be one of {', '.join(_benchmarks()) or '(this installation has none)'}; got {target!r}")
     importlib.import_module(name).main(list(ctx.args))
-
-
-def _benchmarks() -> list[str]:
-    import pkgutil
-
-    import linnet.bench
-
-    return sorted(m.name for m in pkgutil.iter_modules(linnet.bench.__path__) if not m.name.startswith("_"))
 
 
 @app.command()

@@ -36,7 +36,6 @@ def gradients_kernel(
     begin += chunk % M * C
     if begin < length:
         row = first + begin
-        row64 = row.to(tl.int64)
         r = tl.arange(0, C)
         ok = begin + r < length
         ri = r[:, None]
@@ -73,8 +72,7 @@ def gradients_kernel(
         if GATE:
             qb = load_tile(q, row, ok, stride_q, cq, K, d, False, ROWS, COLUMNS)
             weight_q = tl.sum(X * qb.to(tl.float32), 1)
-        X = tl.dot(P, kb, X, input_precision=IP) * scale
-        store_tile(dq, X.to(dq.dtype.element_ty), row, row64, ok, H * K, h * K, K, d, False, ROWS, COLUMNS)
+        write_gradient(dq, X, P, kb, scale, row, ok, h, H, K, d, ROWS, COLUMNS, IP)
 
         qb = load_tile(q, row, ok, stride_q, cq, K, d, False, ROWS, COLUMNS)
         Rb = kept_state(R, at_R, d, z, K, V, COLUMNS)
@@ -97,8 +95,7 @@ def gradients_kernel(
         X = tl.dot(kb.to(ST), Rb, input_precision=IP)
         if DECAY:
             X = X * w_key[:, None]
-        X = tl.dot(A, ub, X, input_precision=IP) * scale
-        store_tile(dv, X.to(dv.dtype.element_ty), row, row64, ok, H * V, h * V, V, z, False, ROWS, COLUMNS)
+        write_gradient(dv, X, A, ub, scale, row, ok, h, H, V, z, ROWS, COLUMNS, IP)
         X = tl.dot(vb.to(ST), tl.trans(Rb), input_precision=IP)
         X += tl.load(r_parts + at_R.to(tl.int64) * K + d, mask=d < K, other=0.0)[None, :]
         if DECAY:
@@ -106,8 +103,7 @@ def gradients_kernel(
         if GATE:
             kb = load_tile(k, row, ok, stride_k, ck, K, d, False, ROWS, COLUMNS)
             beyond = tl.sum(X * kb.to(tl.float32), 1)
-        X = tl.dot(P, qb, X, input_precision=IP) * scale
-        store_tile(dk, X.to(dk.dtype.element_ty), row, row64, ok, H * K, h * K, K, d, False, ROWS, COLUMNS)
+        write_gradient(dk, X, P, qb, scale, row, ok, h, H, K, d, ROWS, COLUMNS, IP)
 
         if GATE:
             at = h.to(tl.int64) * BT + row + r
@@ -130,3 +126,12 @@ def kept_state(p, index, d, z, K, V, COLUMNS: tl.constexpr):
     else:
         x = tl.load(at)
     return x
+
+
+@triton.jit
+def write_gradient(
+    p, X, pairs, x, scale, row, ok, h, H, D, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr, IP: tl.constexpr
+):  # fmt: skip
+    """scale (X + pairs x), of head h, to p [B*T, H, D]."""
+    X = (tl.dot(pairs, x, X, input_precision=IP) * scale).to(p.dtype.element_ty)
+    store_tile(p, X, row, row.to(tl.int64), ok, H * D, h * D, D, d, False, ROWS, COLUMNS)
