@@ -15,7 +15,7 @@ from triton.runtime import driver, jit
 
 from linnet import ops
 from linnet.ops import _dispatch
-from linnet.ops.triton import _plan, _ptxas
+from linnet.ops.triton import _hopper, _plan, _ptxas
 
 SHARED = 232448  # bytes of shared memory that a program may have on sm_90
 BF = torch.bfloat16
@@ -133,6 +133,7 @@ if __name__ == "__main__":
     jit.JITFunction.run = compile_only(jit.JITFunction.run)
     _dispatch._supports.clear()  # the tensors lie on the CPU
     _plan.facts = lambda x: ("sm90", 132)
+    _hopper.supported = lambda *_: True
     if names[:1] == ["--as-triton-does"]:
         _ptxas.with_descriptors_in_halves = lambda ptx: ptx
         names = names[1:]

@@ -11,9 +11,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from linnet.ops.triton import _hopper
 from linnet.ops.triton._kernel_delta import backward_sweep, forward_sweep, gradients_scalar, prepare_scalar, value_gradients
 from linnet.ops.triton._kernel_delta_frame import gradients_frame, gradients_near, prepare_frame
 from linnet.ops.triton._kernel_delta_vector import gradients_vector, prepare_vector
+from linnet.ops.triton._kernel_scalar import gate_kernel
 from linnet.ops.triton._linear import _fold
 from linnet.ops.triton._plan import WIDEST, DeltaCall, rows_of
 
@@ -252,7 +254,8 @@ def backward(
         dS0 = new(call.N, H, K, V, dtype=torch.float32)
         _backward(call, prepared, q, k, p, do, y=y, states=adjoints, R_in=dS, first=True, R_out=dS0)
     t = call.tile("gradients")
-    BD, BV = _width(K, t.BD), _width(V, 128)
+    fast = _fits_hopper(call, q, k, p, v, do, erase)
+    BD, BV = K if fast else _width(K, t.BD), _width(V, 128)
     ND, NV = triton.cdiv(K, BD), triton.cdiv(V, BV)
     out = lambda a: new(1, B, T, H, K, dtype=dtype if a.shape[2] == H else torch.float32)
     vector = call.kind == "vector"
@@ -293,6 +296,8 @@ def backward(
                 *strides, _stride(g), _stride(erase), scale, call.floor, H, *sharing(q, k, p, g, erase), K, V, ND,
                 GATE=gate, DESC=desc, STORE=store, DT=call.triton_dtype(tl), **own, **shared,
             )  # fmt: skip
+    elif fast:
+        dg = _of_chunks(call, prepared, q, p, x, y, do, erase, states, adjoints, dq, dp, derase, gate)
     else:
         gradients_scalar[(NB * H * ND,)](
             *inputs, prepared.factors, prepared.carry, erase, *kept, *results, derase, dg, cu, T, B * T, call.N, NB, *strides,
@@ -317,3 +322,30 @@ def backward(
     if H != heads:
         dS0 = dS0.unflatten(1, (heads, -1)).sum(2)
     return folded, dS0
+
+
+def _fits_hopper(call: DeltaCall, q, k, p, v, do, erase) -> bool:
+    """Whether `delta_hopper` has this call."""
+    simple = call.kind != "vector" and k is None and not (call.before or call.exclusive or call.ragged) and _gate_kind(erase) < 2
+    fits = call.dtype == torch.bfloat16 and call.K == call.V == 128 and all(a.shape[2] == call.H for a in (q, p, v))
+    return simple and fits and call.on_hopper and call.C == 64 and _aligned(q, p, do)
+
+
+def _of_chunks(call: DeltaCall, prepared: Prepared, q, p, x, y, do, erase, states, adjoints, dq, dp, derase, gate: bool):
+    """dq, dp, derase by `delta_hopper`; returns dg [1, B, T, H, 1], or None."""
+    B, T, H, K, C = call.B, call.T, call.H, call.K, call.C
+    decay = call.kind == "scalar"
+    new = functools.partial(torch.empty, device=q.device, dtype=torch.float32)
+    query, key, products = (new(H, B * T), new(2, H, B * T), new(call.chunks, H)) if decay else (None, None, None)
+    tiles = [_hopper.tiles(a, C) for a in (q, p, x, y, do)]
+    tiles += [_hopper.tiles(states, K), _hopper.tiles(states.view(-1, C, 1, K), C), _hopper.tiles(adjoints, K)]
+    _hopper.kernel("delta_hopper")[(call.chunks * H,)](
+        *tiles, _hopper.tiles(dq[0], C), _hopper.tiles(dp[0], C), prepared.factors, prepared.carry, erase, query, key, products,
+        derase, B * T, _stride(erase), call.scale, H, *_sharing(H, q, p, erase), C=C, D=K, DECAY=decay, ERASE=erase is not None,
+        num_warps=4,
+    )  # fmt: skip
+    if not gate:
+        return None
+    dg = new(1, B, T, H, 1)
+    gate_kernel[(call.chunks, H)](query, key, products, dg, None, None, T, B * T, call.N, H, H, 1, 1, C, 1, C, False, False, False)
+    return dg

@@ -20,12 +20,12 @@ from linnet.ops.triton._kernel_common import block_range, load_sums, load_tile, 
 
 @triton.jit
 def gradients_kernel(
-    q, k, v, do, G_sum, C_sum, K_sum, S, R, dq, dk, dv, query, key, dn, s_parts, r_parts, cu,
+    q, k, v, do, G_sum, C_sum, K_sum, S, R, dq, dk, dv, query, key, products, dn, s_parts, r_parts, cu,
     T, BT, G_width, N, stride_q, stride_k, stride_v, stride_do, scale, H, Hq, Hk, Hv, Hg, HS, K, V,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, M: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr,
     GAIN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PACKED: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk, dv [B*T, H, K or V]; with GATE, query [H, B*T] and key [2, or 3 with a gain, H, B*T].
+    """dq, dk, dv [B*T, H, K or V]; with GATE, query [H, B*T], key [2, or 3 with a gain, H, B*T] and products [chunks, H].
 
     S [chunks, HS, K, V], R [chunks, H, K, V], dn [H, B*T], s_parts [chunks, HS, K], r_parts [chunks, H, K]; chunks are counted by
     blocks of M. Operands are loaded again where that is cheaper than keeping them.
@@ -109,13 +109,15 @@ def gradients_kernel(
             at = h.to(tl.int64) * BT + row + r
             at_end = (H + h).to(tl.int64) * BT + row + r
             tl.store(query + at, weight_q * scale, mask=ok)
-            if (chunk + 1) % M == 0 or begin + C >= length:  # what it sends beyond its block may be far larger than its pairs
-                tl.store(key + at, weight_k * scale, mask=ok)
-                tl.store(key + at_end, beyond * scale, mask=ok)
-            else:
-                tl.store(key + at, (weight_k + beyond) * scale, mask=ok)
+            tl.store(key + at, weight_k * scale, mask=ok)
+            tl.store(key + at_end, beyond * scale, mask=ok)
             if GAIN:
                 tl.store(key + (2 * H + h).to(tl.int64) * BT + row + r, own * scale, mask=ok)
+            D = tl.load(s_parts + at_S.to(tl.int64) * K + d, mask=d < K, other=0.0)
+            D *= tl.load(r_parts + at_R.to(tl.int64) * K + d, mask=d < K, other=0.0)
+            Rb = kept_state(R, at_R, d, z, K, V, COLUMNS).to(tl.float32)
+            D += tl.sum(kept_state(S, at_S, d, z, K, V, COLUMNS).to(tl.float32) * Rb, 1)
+            tl.store(products + at_R, tl.sum(D, 0) * tl.exp2(GC.to(tl.float32)) * scale)
 
 
 @triton.jit

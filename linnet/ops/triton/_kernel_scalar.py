@@ -315,20 +315,20 @@ def maximum_kernel(
 
 @triton.jit
 def gate_kernel(
-    query, key, products, S, R, s_parts, r_parts, C_sum, dg, dgain, cu, T, BT, N, scale, H, HS, Hg, NQ, NK, K, V,
-    L: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, EXCL: tl.constexpr, PACKED: tl.constexpr,
-    GAIN: tl.constexpr, STATES: tl.constexpr, ONES: tl.constexpr,
+    query, key, products, dg, dgain, cu, T, BT, N, H, Hg, NQ, NK, L: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
+    EXCL: tl.constexpr, PACKED: tl.constexpr, GAIN: tl.constexpr,
 ):  # fmt: skip
     """dg and, with a gain, dgain = k.dk [B*T, Hg] from partial sums query [NQ, H, B*T], key [2 or 3, NK, H, B*T].
 
-    dg_t = <S, R> around the block's last chunk + sum of what tokens before t in that chunk send beyond it
+    dg_t = <S, R> around the last chunk of C in t's block of L + sum of what tokens before t in that chunk send beyond it
            + sum_{t' >= t} (q.dq - k.dk)_{t'}, without what the last chunk sends beyond the block (that is key[1]): no
-    large terms cancel. key[2], with a gain: the pairs t' = t, which dgain has and dg has not. <S, R> comes as `products`
-    [blocks, H, NK], or from the STATES [chunks, HS or H, K, V] and, with ONES, their vectors [chunks, HS or H, K].
+    large terms cancel. key[2], with a gain: the pairs t' = t, which dgain has and dg has not. <S, R>, with the decay in between,
+    comes as products [blocks, H, NK]; blocks are counted by M.
     """
     block = tl.program_id(0)
     hg = tl.program_id(1)
-    first, length, begin = block_range(cu, block, T, N, L, PACKED)
+    first, length, begin = block_range(cu, block // M, T, N, L * M, PACKED)
+    begin += block % M * L
     if begin < length:
         r = tl.arange(0, L)
         ok = begin + r < length
@@ -341,11 +341,6 @@ def gate_kernel(
             ok_query = ok
         acc = tl.zeros([L], tl.float32)
         gains = tl.zeros([L], tl.float32)
-        if STATES:
-            d = tl.arange(0, BK)
-            z = tl.arange(0, BV)
-            chunk = block * (L // C) + last // C
-            carry = tl.exp2(tl.load(C_sum + (hg * (tl.num_programs(0) * (L // C)) + chunk).to(tl.int64)).to(tl.float32)) * scale
         for i in range(0, H // Hg):
             h = hg * (H // Hg) + i
             wq = tl.zeros([L], tl.float32)
@@ -353,6 +348,7 @@ def gate_kernel(
             for p in range(0, NQ):
                 wq += tl.load(query + (p * H + h).to(tl.int64) * BT + rows + later, mask=ok_query, other=0.0)
             ws = tl.zeros([L], tl.float32)
+            D = 0.0
             for p in range(0, NK):
                 wk += tl.load(key + (p * H + h).to(tl.int64) * BT + rows, mask=ok, other=0.0)
                 state_part = key + ((NK + p) * H + h).to(tl.int64) * BT + rows
@@ -360,37 +356,12 @@ def gate_kernel(
                 if GAIN:
                     gains += tl.load(state_part, mask=ok & (r >= last), other=0.0)
                     gains += tl.load(key + ((2 * NK + p) * H + h).to(tl.int64) * BT + rows, mask=ok, other=0.0)
-            if STATES:
-                D = block_product(S, R, s_parts, r_parts, chunk * HS + h // (H // HS), chunk * H + h, d, z, K, V, ONES) * carry
-            else:
-                D = 0.0
-                for p in range(0, NK):
-                    D += tl.load(products + (block.to(tl.int64) * H + h) * NK + p)
+                D += tl.load(products + (block.to(tl.int64) * H + h) * NK + p)
             acc += tl.cumsum(wq - wk, 0, reverse=True) + tl.cumsum(ws, 0) + D
             gains += wk
         tl.store(dg + rows * Hg + hg, acc, mask=ok)
         if GAIN:
             tl.store(dgain + rows * Hg + hg, gains, mask=ok)
-
-
-@triton.jit
-def block_product(S, R, s_parts, r_parts, at_S, at_R, d, z, K, V, ONES: tl.constexpr):
-    """<S, R> of two kept states [K, V] and of their vectors [K]."""
-    BK: tl.constexpr = d.shape[0]
-    BV: tl.constexpr = z.shape[0]
-    D = tl.zeros([BK, BV], tl.float32)
-    for ck in range(0, K, BK):
-        for cv in range(0, V, BV):
-            mask = (ck + d < K)[:, None] & (cv + z < V)[None, :]
-            at = (ck + d)[:, None] * V + (cv + z)[None, :]
-            x = tl.load(S + at_S.to(tl.int64) * K * V + at, mask=mask, other=0.0).to(tl.float32)
-            D += x * tl.load(R + at_R.to(tl.int64) * K * V + at, mask=mask, other=0.0).to(tl.float32)
-    D = tl.sum(D, 1)
-    if ONES:
-        for ck in range(0, K, BK):
-            x = tl.load(s_parts + at_S.to(tl.int64) * K + ck + d, mask=ck + d < K, other=0.0)
-            D += x * tl.load(r_parts + at_R.to(tl.int64) * K + ck + d, mask=ck + d < K, other=0.0)
-    return tl.sum(D, 0)
 
 
 @triton.jit

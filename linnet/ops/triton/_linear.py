@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from linnet.ops.triton import _channel, _table
+from linnet.ops.triton import _channel, _hopper, _table
 from linnet.ops.triton._kernel_gradients import gradients_kernel
 from linnet.ops.triton._kernel_scalar import (
     gate_kernel,
@@ -217,12 +217,14 @@ def backward(
     H, K, V, NS, NB = call.H, call.K, call.V, call.splits, call.block_count()
     new = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     gate = g is not None and (need_dg or gain is not None)
-    dS = None if dS is None else dS.contiguous()
+    of_keys, of_queries = {}, {}
     if divided is not None:
-        dq, dk, dv, dg, dgain = _of_chunks(call, do, q, k, v, dS, gate, *divided)
-        grads = (_fold(x, y.shape[2], y.dtype) for x, y in ((dq, q), (dk, k), (dv, v)))
-        return *grads, dg, None, dgain
+        *output, dn, dz, floor = divided
+        do, dn = _undivided(call, do, *output, dn, floor)
+        of_keys = dict(normalizer=(None, None, None, None, None, floor))
+        of_queries = dict(normalizer=(dn, None, dz, None, None, floor))
     do = do.contiguous()
+    dS = None if dS is None else dS.contiguous()
     S0 = start if NS > 1 else None if S0 is None else S0.contiguous()
     extra_q, extra_k = {}, {}
     dv = _partials(call, "dv", v, K)
@@ -234,6 +236,13 @@ def backward(
     else:
         dS0 = new(call.N, H, K, V)
         into = dict(S_in=dS, first=True, scale_in=1 / scale)
+    if divided is not None or (gate and call.kind == "scalar" and _fits_hopper(call, do, q, k, v)):
+        final = {} if NS > 1 else dict(S_out=dS0, scale_out=scale)
+        of_keys |= dict(heads=heads, splits=NS, S_in=S0)
+        *grads, dg, dgain = _of_chunks(call, do, q, k, v, of_keys, of_queries | into | final, gate)
+        if H != heads:
+            dS0 = dS0.unflatten(1, (heads, -1)).sum(2)
+        return *(_fold(x, y.shape[2], y.dtype) for x, y in zip(grads, (q, k, v), strict=True)), dg, dS0, dgain
     if call.in_channels:
         dq, dk, dg = _channel.gradients(call, call.ready, do, q, k, v, S0, into, gate)
     else:
@@ -259,59 +268,77 @@ def backward(
     if gate and call.kind == "vector":
         dg = _fold(dg, g.shape[2], torch.float32)
     elif gate:
-        dg, _ = _gates(call, query, key, products=products)
+        dg, _ = _gates(call, query, key, products, call.block)
     if H != heads:
         dS0 = dS0.unflatten(1, (heads, -1)).sum(2)
     grads = (_fold(x, y.shape[2], y.dtype) for x, y in ((dq, q), (dk, k), (dv, v)))
     return *grads, dg if gate else None, dS0, None
 
 
-def _gates(call: Call, query: Tensor, key: Tensor, *, products: Tensor | None = None, states=(None,) * 4):
-    """dg and dgain (None without a gain) [B, T, Hg, 1] from the parts [n, H, B*T]; states: S, R, s, r of `_of_chunks`."""
-    g, gained, (S, _, s, _), V = call.g, call.gain is not None, states, call.V
+def _gates(call: Call, query: Tensor, key: Tensor, products: Tensor, length: int):
+    """dg and dgain (None without a gain) [B, T, Hg, 1] from the parts [n, H, B*T] and [blocks, H, n]; length: tokens of a block."""
+    g, gained, M = call.g, call.gain is not None, call.block // length
     dg = torch.empty(call.B, call.T, g.shape[2], 1, dtype=torch.float32, device=query.device)
     dgain = torch.empty_like(dg) if gained else None
-    pow2 = triton.next_power_of_2
-    gate_kernel[(call.block_count(), g.shape[2])](
-        query, key, products, *states, call.sums[2], dg, dgain, call.cu, call.T, call.B * call.T, call.N, call.scale, call.H,
-        1 if S is None else S.shape[1], g.shape[2], query.shape[0], key.shape[1], call.K, V, call.block, call.chunk("dk"),
-        min(64, pow2(call.K)), min(128, pow2(V)), call.exclusive, call.cu is not None, gained, STATES=S is not None,
-        ONES=s is not None,
+    gate_kernel[(call.block_count() * M, g.shape[2])](
+        query, key, products, dg, dgain, call.cu, call.T, call.B * call.T, call.N, call.H, g.shape[2], query.shape[0], key.shape[1],
+        length, M, call.chunk("dk"), call.exclusive, call.cu is not None, gained,
     )  # fmt: skip
     return dg, dgain
 
 
-def _of_chunks(call: Call, dh: Tensor, q: Tensor, k: Tensor, v: Tensor, dS: Tensor | None, gate: bool, *divided):
-    """dq, dk, dv [1, B, T, H, K or V], dg and dgain (None if not needed) of h = o / max(|n|, low) or o / (n + low).
+def _fits_hopper(call: Call, *operands: Tensor) -> bool:
+    """Whether `gradients_hopper` has this call."""
+    whole = call.cu is None and call.T % call.block == 0 and call.chunk("o") == 64
+    fits = call.dtype == torch.bfloat16 and call.K == call.V == 128 and all(a.shape[2] == call.H for a in operands)
+    return whole and fits and call.on_hopper and _channel.copyable(*(rows_of(a) for a in operands))
 
-    Two passes keep the states at the starts of all chunks and their adjoints, then one program has all of a chunk.
-    divided: h, n, low, dn, dz, floor.
+
+def _of_chunks(call: Call, do: Tensor, q: Tensor, k: Tensor, v: Tensor, of_keys: dict, of_queries: dict, gate: bool):
+    """dq, dk, dv [1, B, T, H, K or V], dg and dgain [B, T, Hg, 1] (None if not needed), all of a chunk in one program.
+
+    of_keys, of_queries: options of the two passes that keep the states, forward in time, and their adjoints, backward.
     """
-    *output, dn, dz, floor = divided
-    do, dn = _undivided(call, dh, *output, dn, floor)
-    B, T, H, K, V, C, heads = call.B, call.T, call.H, call.K, call.V, call.chunk("o"), call.heads
+    B, T, H, K, V, C, heads = call.B, call.T, call.H, call.K, call.V, call.chunk("o"), of_keys["heads"]
     M = call.block // C
     chunks = call.block_count() * M
     new = functools.partial(torch.empty, device=q.device, dtype=torch.float32)
     kept = torch.bfloat16 if call.dtype == torch.float16 else call.dtype
-    S, R, s, r = new(chunks, heads, K, V, dtype=kept), new(chunks, H, K, V, dtype=kept), new(chunks, heads, K), new(chunks, H, K)
-    _role(call, "o", None, k, v, heads=heads, states=S, normalizer=(None, None, None, None, s, floor))
-    into = dict(S_in=dS, first=True, scale_in=1 / call.scale)
-    _role(call, "dv", None, q, do, states=R, normalizer=(dn, None, dz, None, r, floor), **into)
-    dq, dk, dv = (new(1, B, T, H, a.shape[3], dtype=a.dtype if a.shape[2] == H else torch.float32) for a in (q, k, v))
-    G, _, C_sum, K_sum = _sums(call) if call.kind == "scalar" else (None,) * 4
-    query, key = (new(1, H, B * T), new(2 if call.gain is None else 3, 1, H, B * T)) if gate else (None, None)
-    t, fp32 = call.tile("gradients"), call.dtype == torch.float32
-    BK, BV = (max(16, triton.next_power_of_2(n)) for n in (K, V))
+    S, R = new(chunks, heads, K, V, dtype=kept), new(chunks, H, K, V, dtype=kept)
+    dn = s = r = None
+    if "normalizer" in of_queries:
+        s, r = new(chunks, heads, K), new(chunks, H, K)
+        dn = of_queries["normalizer"][0]
+        of_keys, of_queries = (
+            options | {"normalizer": (*options["normalizer"][:4], part, None)} for options, part in ((of_keys, s), (of_queries, r))
+        )
+    _role(call, "o", None, k, v, states=S, **of_keys)
+    _role(call, "dv", None, q, do, states=R, **of_queries)
     q, k, v = rows_of(q), rows_of(k), rows_of(v)
-    gradients_kernel[(chunks * H,)](
-        q, k, v, do, G, C_sum, K_sum, S, R, dq, dk, dv, query, key, dn, s, r, call.cu, T, B * T, 0 if G is None else G.shape[1],
-        call.N, q.stride(1), k.stride(1), v.stride(1), do.stride(1), call.scale, H, q.shape[2], k.shape[2], v.shape[2],
-        1 if call.g is None else call.g.shape[2], heads, K, V, BK=BK, BV=BV, C=C, M=M, DECAY=call.kind == "scalar", GATE=gate,
-        GAIN=call.gain is not None, ROWS=call.cu is not None or T % C != 0, COLUMNS=K != BK or V != BV,
-        PACKED=call.cu is not None, IP="tf32x3" if fp32 else "tf32", num_warps=t.warps,
-    )  # fmt: skip
-    dg, dgain = _gates(call, query, key, states=(S, R, s, r)) if gate else (None, None)
+    dq, dk, dv = (new(1, B, T, H, a.shape[3], dtype=a.dtype if a.shape[2] == H else torch.float32) for a in (q, k, v))
+    G, P, C_sum, K_sum = _sums(call) if call.kind == "scalar" else (None,) * 4
+    t, fast = call.tile("gradients"), _fits_hopper(call, do, q, k, v)
+    query = new(1 + t.warps if fast else 1, H, B * T) if gate else None
+    key, products = (new(2 if call.gain is None else 3, 1, H, B * T), new(chunks, H)) if gate else (None, None)
+    counts = (H, q.shape[2], k.shape[2], v.shape[2], 1 if call.g is None else call.g.shape[2], heads)
+    G_width = 0 if G is None else G.shape[1]
+    shared = dict(C=C, DECAY=call.kind == "scalar", GATE=gate, GAIN=call.gain is not None)
+    if fast:
+        tiles = [_hopper.tiles(a, rows) for a, rows in ((q, C), (k, C), (v, C), (do, C), (S, K), (S.view(-1, C, 1, K), C), (R, K))]
+        _hopper.kernel("gradients_hopper")[(chunks * H,)](
+            *tiles, *(_hopper.tiles(a[0], C) for a in (dq, dk, dv)), P if call.exclusive else G, G, C_sum, K_sum, query, key,
+            products, dn, s, r, B * T, G_width, call.scale, *counts, D=K, EXCL=call.exclusive, ONES=dn is not None,
+            num_warps=t.warps, **shared,
+        )  # fmt: skip
+    else:
+        BK, BV = (max(16, triton.next_power_of_2(n)) for n in (K, V))
+        gradients_kernel[(chunks * H,)](
+            q, k, v, do, G, C_sum, K_sum, S, R, dq, dk, dv, query, key, products, dn, s, r, call.cu, T, B * T, G_width, call.N,
+            q.stride(1), k.stride(1), v.stride(1), do.stride(1), call.scale, *counts, K, V, BK=BK, BV=BV,
+            M=M, ROWS=call.cu is not None or T % C != 0, COLUMNS=K != BK or V != BV, PACKED=call.cu is not None,
+            IP="tf32x3" if call.dtype == torch.float32 else "tf32", num_warps=t.warps, **shared,
+        )  # fmt: skip
+    dg, dgain = _gates(call, query, key, products, C) if gate else (None, None)
     return dq, dk, dv, dg, dgain
 
 

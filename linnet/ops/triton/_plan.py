@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
-from linnet.ops.triton import _table
+from linnet.ops.triton import _hopper, _table
 
 SHORT = 1024  # tokens up to which a state is kept for every chunk: cheap there, and the most accurate
 WIDEST = 256  # key and value channels per head that the delta rule holds: a state tile of 512 key channels fills the registers
@@ -82,6 +82,7 @@ class Call:
         else:
             self.floor = -safe_exponent(self.dtype) / self.frame if self.frame else -200.0
         self.architecture, self.processors = facts(q)
+        self.on_hopper = _hopper.supported(q.is_cuda, self.architecture)
         self.sums = self.pairs = self.ready = None  # filled by the first role that needs them
         kind = "channel" if self.in_channels else "vector" if self.frame else "exact"
         self.table_kind = kind if self.kind == "vector" else self.kind
@@ -92,7 +93,7 @@ class Call:
         return self.kind == "vector" and self.dtype != torch.float32
 
     def tile(self, role: str) -> _table.Tile:
-        return _table.tile(self.architecture, self.table_kind, role, self.dtype.itemsize)
+        return _table.tile(self.architecture, self.table_kind, role, self.dtype.itemsize, max(self.K, self.V))
 
     def chunk(self, role: str) -> int:
         """Tokens a program takes at a time."""
@@ -133,6 +134,7 @@ class DeltaCall:
         self.floor = -safe_exponent(self.dtype) / self.frame if self.frame else -200.0
         self.precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
         self.architecture, self.processors = facts(q)
+        self.on_hopper = _hopper.supported(q.is_cuda, self.architecture)
         self.C = self.tile("forward").C
         self.chunks = self.T // self.C + self.N if cu is not None else self.N * -(-self.T // self.C)
         self.ragged = cu is not None or self.T % self.C != 0
@@ -175,4 +177,4 @@ class DplrCall(DeltaCall):
 
     def tile(self, part: str) -> _table.DeltaTile:
         kind = "whole" if self.kind == "none" or self.frame == _table.SWEEP.C else "cut"
-        return _table.dplr_tile(self.architecture, kind, part, self.dtype.itemsize)
+        return _table.dplr_tile(self.architecture, kind, part, self.dtype.itemsize, max(self.K, self.V))

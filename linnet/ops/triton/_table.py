@@ -109,11 +109,22 @@ TABLE = {"sm90": {"none": NONE, "scalar": SCALAR, "channel": CHANNEL}}
 DEFAULT_ARCHITECTURE = "sm90"
 
 
-def tile(architecture: str, kind: str, role: str, element_size: int) -> Tile:
-    """The configuration of one role. Architectures without measurements use those of sm90; older ones with at most two stages (they
-    have less shared memory) and no tensor descriptors."""
+NARROW = {16: 1, 32: 2}  # channels up to which a tile of fp32 has fewer warps: four would all form its factors and addresses
+
+
+def narrow(chosen, width: int):
+    """The configuration for heads of `width` channels."""
+    return replace(chosen, warps=next((w for most, w in NARROW.items() if width <= most), chosen.warps))
+
+
+def tile(architecture: str, kind: str, role: str, element_size: int, width: int) -> Tile:
+    """The configuration of one role; width: the wider of a head's keys and values.
+
+    Architectures without measurements use those of sm90; older ones with at most two stages (they have less shared memory) and no
+    tensor descriptors.
+    """
     if element_size == 4:
-        chosen = FP32[kind]
+        chosen = narrow(FP32[kind], width)
     else:
         chosen = TABLE.get(architecture, TABLE[DEFAULT_ARCHITECTURE])[kind][role]
     older = int(architecture.removeprefix("sm")) < 90  # sm100 is newer
@@ -123,15 +134,15 @@ def tile(architecture: str, kind: str, role: str, element_size: int) -> Tile:
 def delta_tile(architecture: str, kind: str, part: str, element_size: int, width: int) -> DeltaTile:
     """The configuration of one kernel of the delta rule; width: the wider of a head's keys and values."""
     if element_size == 4:
-        return DELTA_FP32
+        return narrow(DELTA_FP32, width)
     chosen = DELTA_TABLE.get(architecture, DELTA_TABLE[DEFAULT_ARCHITECTURE])[128 if width <= 128 else 256][kind][part]
     return replace(chosen, descriptors=False) if int(architecture.removeprefix("sm")) < 90 else chosen
 
 
-def dplr_tile(architecture: str, kind: str, part: str, element_size: int) -> DeltaTile:
+def dplr_tile(architecture: str, kind: str, part: str, element_size: int, width: int) -> DeltaTile:
     """The configuration of one kernel of DPLR; kind: whether its chunks are "whole" or "cut" into frames or halves."""
     if element_size == 4:
-        return DELTA_FP32
+        return narrow(DELTA_FP32, width)
     chosen = DPLR_TABLE.get(architecture, DPLR_TABLE[DEFAULT_ARCHITECTURE])[kind][part]
     return replace(chosen, descriptors=False) if int(architecture.removeprefix("sm")) < 90 else chosen
 

@@ -1,0 +1,111 @@
+"""The Gluon kernels for Hopper, run on a CPU with fp32 operands: the recurrence to fp32's accuracy, and no event out of order.
+
+On a GPU they are what the laws with 16-bit operands of K = V = 128 run.
+"""
+
+from __future__ import annotations
+
+import gluon_on_cpu
+import pytest
+import torch
+from accuracy import assert_is_the_recurrence, error
+
+import linnet.ops as ops
+from linnet.ops.triton import _delta, _hopper, _linear
+
+D, LIMIT = 64, 2e-5
+FAR = 1e-4  # the delta rule adds up log-decays in fp32: sums of a chunk of strong ones reach 2,000, where fp32 has steps of 1e-4
+
+
+def check(op, x, state, limit=LIMIT, **options):
+    assert_is_the_recurrence(op, x, state, limit, **options)
+
+
+@pytest.fixture
+def kernels(monkeypatch, device):
+    """Every call goes to the Gluon kernels; their launches by name."""
+    if device != "cpu":
+        pytest.skip("for the interpreter")
+    found = {name: gluon_on_cpu.Kernel(name) for name in ("gradients_hopper", "delta_hopper")}
+    for module in (_linear, _delta):
+        monkeypatch.setattr(module, "_fits_hopper", lambda *_: True)
+    monkeypatch.setattr(_hopper, "kernel", found.get)
+    monkeypatch.setattr(_hopper, "tiles", gluon_on_cpu.rows)
+    return found
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def operands(B, T, heads=(2, 2, 2, 2), decay="mild"):
+    Hq, Hk, Hv, Hg = heads
+    u = torch.rand(B, T, Hg, generator=torch.Generator().manual_seed(9))
+    g = {"mild": -0.3 * u, "strong": -20 * u, "reset": torch.where(u < 0.2, -torch.inf, -u)}[decay]
+    x = {n: normal(B, T, H, D, seed=i) for i, (n, H) in enumerate((("q", Hq), ("k", Hk), ("v", Hv)))}
+    return x | {"log_decay": g}, normal(B, max(heads[1:]), D, D, seed=7)
+
+
+@pytest.mark.parametrize("decay", ["mild", "strong", "reset"])
+@pytest.mark.parametrize("read", ["after", "before"])
+def test_scalar_decay(kernels, decay, read):
+    x, state = operands(2, 128, decay=decay)
+    check(ops.linear_attention, x, state, read=read)
+    assert kernels["gradients_hopper"].launches == 1
+
+
+@pytest.mark.parametrize("heads", [(4, 1, 2, 2), (2, 2, 1, 1), (1, 1, 1, 1)])
+def test_scalar_decay_with_shared_heads_and_split_time(kernels, heads):
+    x, state = operands(1, 1024 if heads[0] == 1 else 128, heads)
+    check(ops.linear_attention, x, state)
+
+
+@pytest.mark.parametrize("floor", ["floor", "sum"])
+@pytest.mark.parametrize("gate", ["exponential", "sigmoid"])
+def test_gain_and_normalizer(kernels, gate, floor):
+    x, _ = operands(2, 128)
+    i = normal(2, 128, 2, seed=8)
+    x["log_gain"] = i if gate == "exponential" else torch.nn.functional.logsigmoid(i)
+    if floor == "sum":
+        x["q"], x["k"] = x["q"].exp(), x["k"].exp()
+    grads = {}
+    for backend, dtype in (("triton", torch.float32), ("torch", torch.float64)):
+        leaves = {n: a.to(dtype).requires_grad_() for n, a in x.items()}
+        o = ops.linear_attention(**leaves, normalizer=floor, backend=backend)[0]
+        weights = normal(*o.shape, seed=5).to(dtype)
+        grads[backend] = torch.autograd.grad((o * weights).sum(), list(leaves.values()))
+    assert all(error(a, b) < 1e-4 for a, b in zip(*grads.values(), strict=True))
+    assert kernels["gradients_hopper"].launches == 1
+
+
+@pytest.mark.parametrize("decay", ["none", "mild", "strong", "reset"])
+@pytest.mark.parametrize("beta", [1.0, 2.0])
+def test_delta_rule(kernels, decay, beta):
+    x, state = operands(2, 128, decay="mild" if decay == "none" else decay)
+    if decay == "none":
+        x.pop("log_decay")
+    x["k"] = torch.nn.functional.normalize(x["k"], dim=-1)
+    x["erase"] = beta * torch.rand(2, 128, 2, generator=torch.Generator().manual_seed(4))
+    check(ops.delta_rule, x, state, FAR if decay in ("strong", "reset") else LIMIT)
+    assert kernels["delta_hopper"].launches == 1
+
+
+def test_delta_rule_with_a_write_gate_and_one_head(kernels):
+    x, state = operands(1, 64, (1, 1, 1, 1))
+    x["k"] = torch.nn.functional.normalize(x["k"], dim=-1)
+    x["erase"], x["write"] = (torch.rand(1, 64, 1, generator=torch.Generator().manual_seed(s)) for s in (4, 5))
+    check(ops.delta_rule, x, state)
+
+
+def test_what_comes_too_early_is_noticed(kernels):
+    """The order that this file checks: a kernel that reads before it waited, or overwrites what is still read, fails."""
+    x, state = operands(1, 64)
+    text = gluon_on_cpu.source()
+    for early in (
+        "mbarrier.wait(bars.index(3), 0)",  # R
+        "mbarrier.wait(bars.index(2), 0)",  # q and k
+    ):
+        assert early in text
+        kernels["gradients_hopper"].code = compile(text.replace(early, "pass", 1), "early", "exec")
+        with pytest.raises(AssertionError):
+            check(ops.linear_attention, x, state)
