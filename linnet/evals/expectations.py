@@ -43,6 +43,12 @@ def value(row: dict[str, Any], test: str, metric: str) -> float | None:
     return found
 
 
+def everywhere(row: dict[str, Any], metric: str) -> float | None:
+    """The mean over all tests: of what does not depend on them, like the loss on text beside a recall task."""
+    found = [x for test in row["metrics"] if (x := value(row, test, metric)) is not None]
+    return statistics.mean(found) if found else None
+
+
 def values(rows: Rows, label: str, test: str, metric: str) -> list[float]:
     found = [value(row, test, metric) for row in best_runs(rows).get(label, {}).values()]
     return [x for x in found if x is not None]

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from linnet.evals.expectations import Order, Rows, best_runs, value
+from linnet.evals.expectations import Order, Rows, best_runs, everywhere, value
 from linnet.evals.runner import Run
 from linnet.evals.tasks.text import corpus
 from linnet.evals.tiers import FILTER, Experiment
@@ -114,7 +114,7 @@ def measured(rows: Rows) -> dict[str, dict[str, dict[str, list[float]]]]:
         runs = list(seeds.values())
         tests = list(runs[0]["tests"])
         numbers = {test: [value(run, test, "accuracy") for run in runs] for test in tests}
-        numbers |= {"bits per byte": [value(run, "train", "bits_per_byte") for run in runs]}
+        numbers |= {"bits per byte": [everywhere(run, "bits_per_byte") for run in runs]}
         found.setdefault(mixer or "attention", {})[of if mixer else "0:1"] = numbers
     full = found.pop("attention", {})
     order = lambda of: 1e9 if of == "pure" else int(of.split(":")[0])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from linnet.evals.expectations import Rows, Verdict, best_runs, judge, value
+from linnet.evals.expectations import Rows, Verdict, best_runs, everywhere, judge, value
 from linnet.evals.runner import read_results
 from linnet.evals.tasks import regression as R
 from linnet.evals.tasks._base import get_task
@@ -207,7 +207,8 @@ def _by_state(best, metric):
 
 
 def _by_ratio(best, metric):
-    """Share of attention layers; a curve per kind of linear layer, the labels "name r:1" and "name pure" of one name."""
+    """Share of attention layers; a curve per kind of linear layer, the labels "name r:1" and "name pure" of one name. The recall is
+    that of the last test, the loss on text that of all."""
     from linnet.models import parse_layers
 
     points: dict[str, list[tuple[float, list[float]]]] = {}
@@ -217,8 +218,9 @@ def _by_ratio(best, metric):
         except ValueError:
             continue
         test = tests_of(runs)[-1]
+        of = lambda run, test=test: everywhere(run, metric) if metric == "bits_per_byte" else value(run, test, metric)
         name = re.sub(r" (pure|\d+:\d+)$", "", label) if set(kinds) - {"attention"} else ""
-        found = [x for run in runs if (x := value(run, test, metric)) is not None]
+        found = [x for run in runs if (x := of(run)) is not None]
         points.setdefault(name, []).append((kinds.count("attention") / max(1, len(kinds)), found))
     full = points.pop("", [])
     curves = {name: _curve([*part, *full]) for name, part in points.items() if any(0 < x < 1 for x, _ in part)}
@@ -253,9 +255,10 @@ def _plot(curves: dict[str, list], x_label: str, y_label: str, scale: str, title
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for label, points in curves.items():
+    for i, (label, points) in enumerate(curves.items()):
         x, middle, low, high = (list(column) for column in zip(*points, strict=True))
-        (line,) = axes.plot(x, middle, marker="o", markersize=4, label=label)
+        style = "os^v"[i // 10 % 4] + ("-", "--", ":", "-.")[i // 10 % 4]  # there are ten colours
+        (line,) = axes.plot(x, middle, style, markersize=4, label=label)
         if len(x) > 1:
             axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         else:

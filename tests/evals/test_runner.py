@@ -9,7 +9,7 @@ import torch
 from linnet.evals import Run, grid, runner, sweep
 from linnet.evals.__main__ import main, options_of
 from linnet.evals.answers import answer, generator, text_task
-from linnet.evals.expectations import CannotSolve, Order, Solves, best_runs, judge
+from linnet.evals.expectations import CannotSolve, Order, Solves, best_runs, everywhere, judge
 from linnet.evals.hybrid import SIZES, hybrid, hybrid_tables, pattern
 from linnet.evals.report import experiments, summary, write_report
 from linnet.evals.tasks.text import corpus
@@ -231,6 +231,11 @@ def test_the_recommended_ratio_is_the_cheapest_of_the_good_ones():
     assert {line[0]: line[-1] for line in advice}["gla"] == "1.0 %"
     unlearned = [hybrid_row(f"gla {of}", 0, 0.1, 2.0) for of in ("pure", "1:1")]
     assert hybrid_tables({"G7": unlearned})[1][2][0][1] == "-"
+
+
+def test_the_loss_on_text_is_that_of_all_tests():
+    row = {"metrics": {"train": {"bits_per_byte": 2.0, "accuracy": 0.5}, "8 pairs": {"bits_per_byte": 1.0}, "other": {}}}
+    assert everywhere(row, "bits_per_byte") == 1.5 and everywhere(row, "mse") is None
 
 
 def test_hybrid_ratios_are_those_of_the_layers():
