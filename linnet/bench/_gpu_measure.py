@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -202,6 +203,26 @@ def replay_ms(f: Callable[[], Any], estimate_ms: float, budget_ms: float = 100) 
     return statistics.median(times)
 
 
+def kernels_ms(f: Callable[[], Any], device: str, calls: int = 3) -> dict[str, float]:
+    """Milliseconds of f by kernel, as the profiler sees them, the longest first; what is below a hundredth is put together."""
+    activity = torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU
+    f()
+    synchronize(device)
+    with torch.profiler.profile(activities=[activity]) as profile:
+        for _ in range(calls):
+            f()
+        synchronize(device)
+    times: dict[str, float] = {}
+    for event in profile.key_averages():
+        spent = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+        name = re.split(r"[<(]", event.key.removeprefix("void "), maxsplit=1)[0]
+        times[name] = times.get(name, 0.0) + spent / calls / 1e3
+    least = 0.01 * sum(times.values())
+    found = dict(sorted(((n, t) for n, t in times.items() if t > least), key=lambda x: -x[1]))
+    rest = sum(times.values()) - sum(found.values())
+    return found | ({"rest": rest} if rest > 0 else {})
+
+
 def peak_mib(f: Callable[[], Any], device: str) -> float | None:
     """MiB that f needs beyond what is held already, its results included."""
     if device != "cuda":
@@ -300,6 +321,8 @@ def measure(row: Row, implementation: str, shape: Sizes, device: str = "cuda", c
             except Exception as problem:  # noqa: BLE001 - what cannot be captured is reported as eager
                 record["graph_failed"] = words(problem)
                 synchronize(device)
+        if implementation == IMPLEMENTATION and isinstance(c, Case):
+            record["kernels"] = {name: kernels_ms(f, device) for name, f in runs.items()}
         if check and "both" in runs and row.run is not None:
             try:
                 record["errors"] = errors(c, shape)

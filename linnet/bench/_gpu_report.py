@@ -101,6 +101,17 @@ def _shape_table(records: list[Record]) -> list[str]:
     return _table(header, map(cells, _sorted(records)))
 
 
+def _kernel_table(records: list[Record]) -> list[str]:
+    """What a call of ours spends its time on."""
+    write = lambda times: ", ".join(f"{name} {ms:.3f}" for name, ms in times.items())
+    lines = [
+        [_title(r), {"both": "forward + backward"}.get(part, part), f"{sum(times.values()):.3f}", write(times)]
+        for r in _sorted(records)
+        for part, times in r.get("kernels", {}).items()
+    ]
+    return _table(["operator", "call", "all, ms", "by kernel, ms (profiler)"], lines) if lines else []
+
+
 def _decode_table(records: list[Record]) -> list[str]:
     batches = sorted({parse_shape(r["shape"])["B"] for r in records})
     rows: dict[tuple[str, str], dict[int, Record]] = {}
@@ -142,6 +153,7 @@ def markdown(records: Records) -> str:
     for shape in shapes:
         if parse_shape(shape)["T"] > 1:
             lines += ["", f"## {shape}", "", *_shape_table([r for r in times if r["shape"] == shape])]
+            lines += _kernel_table([r for r in times if r["shape"] == shape])
     decode = [r for r in times if parse_shape(r["shape"])["T"] == 1]
     if decode:
         lines += ["", "## One token", "", *_decode_table(decode)]

@@ -7,9 +7,10 @@
     linnet bench gpu --check                            values and gradients of Linnet's kernels against fp64, at many small shapes
     linnet bench gpu --tune KIND                        times of every role of linear attention over candidate tiles
 
-Per operator and shape: forward and forward + backward (medians; replayed from a CUDA graph and launched by Python), peak memory
-beyond the inputs, bytes over the floor, and the error of the output and every gradient on a few heads against fp64. Each result
-is appended to DIR/gpu.jsonl as soon as it is known. `python -m linnet.bench.gpu` is the same command without typer.
+Per operator and shape: forward and forward + backward (medians; replayed from a CUDA graph and launched by Python), the times of
+our kernels in them, peak memory beyond the inputs, bytes over the floor, and the error of the output and every gradient on a few
+heads against fp64. Each result is appended to DIR/gpu.jsonl as soon as it is known. `python -m linnet.bench.gpu` is the same
+command without typer.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ def short_timing(monkeypatch):
 def test_every_row_measures_and_agrees_with_fp64(name):
     found = _gpu_measure.measure(ROWS[name], IMPLEMENTATION, parse_shape(TINY), "cpu")
     assert found["backend"] == "torch" and found["both_bytes"] > found["forward_bytes"] > 0
+    assert all(len(times) > 1 and min(times.values()) > 0 for times in found["kernels"].values()) and len(found["kernels"]) == 2
     assert "backward_failed" not in found and "check_failed" not in found
     learned = {"d" + n for n in ROWS[name].operands if n not in ROWS[name].constants}
     assert set(found["errors"]) == {"o"} | learned
@@ -140,7 +141,8 @@ def test_report_with_every_kind_of_record(tmp_path):
     records = _gpu_report.Records(tmp_path)
     main = gpu.shape_name(shape_sets()["main"][0])
     eager = {"graph_failed": "RuntimeError: not permitted", "note": "refuses"}
-    records.add(made("linear-scalar", "linnet", main, errors={"o": 2e-3, "dk": float("nan")}))
+    kernels = {"forward": {"scalar_role": 0.18}, "both": {"scalar_role": 0.48, "gradients_hopper": 0.37, "rest": 0.02}}
+    records.add(made("linear-scalar", "linnet", main, errors={"o": 2e-3, "dk": float("nan")}, kernels=kernels))
     record = made("linear-scalar", "fla", main, **eager)
     for name in ("forward_ms", "both_ms"):
         del record[name]
@@ -158,6 +160,7 @@ def test_report_with_every_kind_of_record(tmp_path):
     for part in ("0.200 (1.6x)", "dk nan", "eager only, not captured", "refuses", "failed: OutOfMemoryError", "batch 256", "7.5"):
         assert part in text
     assert "| linear attention, scalar decay | fla | 0.300 (2.4x)" in text
+    assert "| forward + backward | 0.870 | scalar_role 0.480, gradients_hopper 0.370, rest 0.020 |" in text
 
 
 def test_a_gradient_that_fails_keeps_the_forward_and_a_refusal_is_switched_off_and_told():

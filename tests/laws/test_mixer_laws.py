@@ -115,7 +115,8 @@ VARIANTS = {
     "al_rnn-wide": ("al_rnn", {"units": 20, "relu_units": 7}),
     "rg_lru-code": ("rg_lru", {"first_token": "unit", "start": "a", "expand": 1.5, "c": 4.0}),
     "mlstm_block-sigmoid": (
-        "mlstm_block", {"input_gate": "sigmoid", "normalizer": None, "bias": True, "soft_cap": 10.0, "expand": 1, "block_size": 2},
+        "mlstm_block",
+        {"input_gate": "sigmoid", "normalizer": None, "bias": True, "soft_cap": 10.0, "expand": 1, "block_size": 2},
     ),
     "mamba-falcon": ("mamba", {"norm_eps": 1e-5}),
     "s4d-recurrent": ("s4d", {"init": "legs", "discretization": "bilinear", "output": "linear", "mode": "recurrent"}),
@@ -145,7 +146,8 @@ VARIANTS = {
     "music_relative-shared": ("music_relative", {"shared": True, "beyond": "zero", "kv_heads": 1, "bias": True}),
     "wersa-shared": ("wersa", {"shared_features": True, "levels": 3}),
     "softmax_rnn-third": (
-        "softmax_rnn", {"order": 3, "denominator": None, "norm": "rms", "gate": "both", "position": "none", "kv_heads": 1},
+        "softmax_rnn",
+        {"order": 3, "denominator": None, "norm": "rms", "gate": "both", "position": "none", "kv_heads": 1},
     ),
     "softmax_rnn-linear": ("softmax_rnn", {"order": 1, "lowest": 1, "denominator": "length", "norm": "l2", "gate": "input"}),
     "softmax_rnn-detached": ("softmax_rnn", {"denominator": "detached", "norm": "layer", "gate": "output"}),

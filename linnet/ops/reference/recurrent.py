@@ -52,6 +52,7 @@ def linear_attention(
         z = _rows_of(z0, row, heads, q.new_zeros(heads, key_size))
         m = _rows_of(m0, row, heads, q.new_full((heads,), -torch.inf if i is not None else 0.0))
         for t in range(start, end):
+
             def decayed(S, z, m, g_t, i_t):
                 """Decay by g_t, prepare a write with gain i_t: the state is kept relative to e^m, m not differentiated."""
                 if i_t is None:

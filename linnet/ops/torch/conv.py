@@ -92,9 +92,7 @@ def _convolve(x: Tensor, taps: Tensor, bias: Tensor | None, past: Tensor | None,
 
 
 @torch.library.custom_op("linnet::short_conv", mutates_args=())
-def conv_op(
-    x: Tensor, taps: Tensor, bias: Tensor | None, past: Tensor | None, cu_seqlens: Tensor | None, silu: bool
-) -> Tensor:
+def conv_op(x: Tensor, taps: Tensor, bias: Tensor | None, past: Tensor | None, cu_seqlens: Tensor | None, silu: bool) -> Tensor:
     """x [B, T, D], taps [W, D] (tap j multiplies x_{t-j}), past [N, W-1, D], oldest first."""
     y = _convolve(x, taps, bias, past, cu_seqlens)
     return F.silu(y, inplace=True) if silu else y

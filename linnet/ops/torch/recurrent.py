@@ -126,9 +126,7 @@ def delta_op(
     S0: Tensor | None, cu_seqlens: Tensor | None, scale: float, before_decay: bool, exclusive: bool, heads: int, chunk: int,
     save: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _delta.forward(
-        q, k, p, v, erase, write, g, S0, cu_seqlens, scale, before_decay, exclusive, heads, chunk, save, dtype
-    )
+    return _delta.forward(q, k, p, v, erase, write, g, S0, cu_seqlens, scale, before_decay, exclusive, heads, chunk, save, dtype)
 
 
 @delta_op.register_fake

@@ -163,9 +163,7 @@ def _normalized_backward(ctx, dh, dn, dS, dz):
     h, n, q, k, v, g, gain, low, cu_seqlens = ctx.saved_tensors
     need_dg = g is not None and ctx.needs_input_grad[3]
     dh = torch.zeros_like(h) if dh is None else dh
-    dq, dk, dv, dg, dgain = normalized_backward_op(
-        dh, dn, dS, dz, h, n, q, k, v, g, gain, low, cu_seqlens, *ctx.options, need_dg
-    )
+    dq, dk, dv, dg, dgain = normalized_backward_op(dh, dn, dS, dz, h, n, q, k, v, g, gain, low, cu_seqlens, *ctx.options, need_dg)
     return dq, dk, dv, dg.to(g.dtype) if need_dg else None, None if gain is None else dgain.to(gain.dtype), *[None] * 5
 
 
