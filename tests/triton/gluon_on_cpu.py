@@ -102,7 +102,7 @@ class Program:
         self.products, self.stores = [], []
         scalar = lambda x: torch.tensor(x, dtype=torch.int64)
         self.gl = SimpleNamespace(
-            constexpr=object, float32=torch.float32, int64=torch.int64,
+            constexpr=lambda x: x, float32=torch.float32, int64=torch.int64,
             program_id=lambda axis: scalar(program), num_programs=lambda axis: scalar(programs), static_range=range,
             thread_barrier=lambda: None, allocate_shared_memory=self.allocate,
             arange=lambda start, end, layout: torch.arange(start, end),
