@@ -227,7 +227,6 @@ def backward(
     dS = None if dS is None else dS.contiguous()
     S0 = start if NS > 1 else None if S0 is None else S0.contiguous()
     extra_q, extra_k = {}, {}
-    dv = _partials(call, "dv", v, K)
     if call.in_channels:
         call.ready = _channel.prepared(call, q, k)
     if NS > 1:
@@ -243,6 +242,7 @@ def backward(
         if H != heads:
             dS0 = dS0.unflatten(1, (heads, -1)).sum(2)
         return *(_fold(x, y.shape[2], y.dtype) for x, y in zip(grads, (q, k, v), strict=True)), dg, dS0, dgain
+    dv = _partials(call, "dv", v, K)
     if call.in_channels:
         dq, dk, dg = _channel.gradients(call, call.ready, do, q, k, v, S0, into, gate)
     else:

@@ -99,10 +99,13 @@ def _(do, dS, start, q, k, v, g, S0, cu_seqlens, scale, exclusive, heads, bound,
 def _setup(ctx, inputs, output):
     q, k, v, g, S0, cu_seqlens, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, g, S0, cu_seqlens, output[2])
+    ctx.set_materialize_grads(False)
+    ctx.output_shape = output[0].shape
 
 
 def _backward(ctx, do, dS, _):
     q, k, v, g, S0, cu_seqlens, start = ctx.saved_tensors
+    do = v.new_zeros(ctx.output_shape) if do is None else do
     need_dg = g is not None and ctx.needs_input_grad[3]
     dq, dk, dv, dg, dS0 = linear_backward_op(do, dS, start, q, k, v, g, S0, cu_seqlens, *ctx.options, need_dg)
     dg = dg.to(g.dtype) if need_dg else None
