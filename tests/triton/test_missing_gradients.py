@@ -23,7 +23,10 @@ def call(name):
     return {
         "linear_attention": (ops.linear_attention, dict(q=q, k=k, v=v, log_decay=scalar)),
         "linear_attention, per channel": (ops.linear_attention, dict(q=q, k=k, v=v, log_decay=vector)),
-        "linear_attention, split in time": (ops.linear_attention, dict(q=q[:, :, :1], k=k[:, :, :1], v=v[:, :, :1], log_decay=None)),
+        "linear_attention, split in time": (
+            ops.linear_attention,
+            dict(q=q[:, :, :1], k=k[:, :, :1], v=v[:, :, :1], log_decay=None),
+        ),
         "delta_rule": (ops.delta_rule, dict(q=q, k=unit, v=v, erase=erase, log_decay=scalar)),
         "delta_rule, per channel": (ops.delta_rule, dict(q=q, k=unit, v=v, erase=erase, log_decay=vector)),
         "dplr": (ops.dplr, dict(q=q, k=k, v=v, a=-unit, b=unit * erase[..., None], log_decay=vector)),
