@@ -88,7 +88,8 @@ def _shape_table(records: list[Record]) -> list[str]:
         notes = [f"backend {r['backend']}"] if r["implementation"] == IMPLEMENTATION else []
         notes += ["eager only, not captured" for _ in [0] if "graph_failed" in r]
         notes += [r["note"] for _ in [0] if "note" in r]
-        notes += [f"{name.replace('_', ' ')}: {r[name]}" for name in ("backward_failed", "check_failed") if name in r]
+        failures = ("backward_failed", "check_failed", "profile_failed")
+        notes += [f"{name.replace('_', ' ')}: {r[name]}" for name in failures if name in r]
         error = "{} {:.1e}".format(*worst(r["errors"])) if r.get("errors") else ""
         return [
             _title(r), r["implementation"], *times, *eager, *rates, _number(r.get("peak_mib"), ".0f"), error, "; ".join(notes),

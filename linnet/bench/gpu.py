@@ -112,7 +112,8 @@ def line(record: dict[str, Any]) -> str:
         parts.append(f"peak {record['peak_mib']:.0f} MiB")
     if record.get("errors"):
         parts.append("error {} {:.1e}".format(*worst(record["errors"])))
-    parts += [f"{name}: {record[name]}" for name in ("note", "backward_failed", "graph_failed", "check_failed") if name in record]
+    remarks = ("note", "backward_failed", "graph_failed", "check_failed", "profile_failed")
+    parts += [f"{name}: {record[name]}" for name in remarks if name in record]
     return f"{head} {record['backend']}: {', '.join(parts)}"
 
 

@@ -113,10 +113,15 @@ def gradients_kernel(
             tl.store(key + at_end, beyond * scale, mask=ok)
             if GAIN:
                 tl.store(key + (2 * H + h).to(tl.int64) * BT + row + r, own * scale, mask=ok)
-            D = tl.load(s_parts + at_S.to(tl.int64) * K + d, mask=d < K, other=0.0)
-            D *= tl.load(r_parts + at_R.to(tl.int64) * K + d, mask=d < K, other=0.0)
-            Rb = kept_state(R, at_R, d, z, K, V, COLUMNS).to(tl.float32)
-            D += tl.sum(kept_state(S, at_S, d, z, K, V, COLUMNS).to(tl.float32) * Rb, 1)
+            few: tl.constexpr = min(BK, 16)  # rows at a time: whole states would fill the registers
+            D = tl.zeros([few], tl.float32)
+            for e in range(0, K, few):
+                at_d = e + tl.arange(0, few)
+                ones = tl.load(s_parts + at_S.to(tl.int64) * K + at_d, mask=at_d < K, other=0.0)
+                ones *= tl.load(r_parts + at_R.to(tl.int64) * K + at_d, mask=at_d < K, other=0.0)
+                pair = kept_state(S, at_S, at_d, z, K, V, COLUMNS).to(tl.float32)
+                pair *= kept_state(R, at_R, at_d, z, K, V, COLUMNS).to(tl.float32)
+                D += ones + tl.sum(pair, 1)
             tl.store(products + at_R, tl.sum(D, 0) * tl.exp2(GC.to(tl.float32)) * scale)
 
 

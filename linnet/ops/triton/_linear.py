@@ -217,13 +217,12 @@ def backward(
     H, K, V, NS, NB = call.H, call.K, call.V, call.splits, call.block_count()
     new = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     gate = g is not None and (need_dg or gain is not None)
-    of_keys, of_queries = {}, {}
+    ones = None
     if divided is not None:
         *output, dn, dz, floor = divided
         do, dn = _undivided(call, do, *output, dn, floor)
-        of_keys = dict(normalizer=(None, None, None, None, None, floor))
-        of_queries = dict(normalizer=(dn, None, dz, None, None, floor))
-    do = do.contiguous()
+        ones = dn, dz
+    q, k, v, do = rows_of(q), rows_of(k), rows_of(v), do.contiguous()
     dS = None if dS is None else dS.contiguous()
     S0 = start if NS > 1 else None if S0 is None else S0.contiguous()
     extra_q, extra_k = {}, {}
@@ -237,8 +236,7 @@ def backward(
         into = dict(S_in=dS, first=True, scale_in=1 / scale)
     if divided is not None or (gate and call.kind == "scalar" and _fits_hopper(call, do, q, k, v)):
         final = {} if NS > 1 else dict(S_out=dS0, scale_out=scale)
-        of_keys |= dict(heads=heads, splits=NS, S_in=S0)
-        *grads, dg, dgain = _of_chunks(call, do, q, k, v, of_keys, of_queries | into | final, gate)
+        *grads, dg, dgain = _of_chunks(call, do, q, k, v, dict(heads=heads, splits=NS, S_in=S0), into | final, ones, gate)
         if H != heads:
             dS0 = dS0.unflatten(1, (heads, -1)).sum(2)
         return *(_fold(x, y.shape[2], y.dtype) for x, y in zip(grads, (q, k, v), strict=True)), dg, dS0, dgain
@@ -291,13 +289,14 @@ def _fits_hopper(call: Call, *operands: Tensor) -> bool:
     """Whether `gradients_hopper` has this call."""
     whole = call.cu is None and call.T % call.block == 0 and call.chunk("o") == 64
     fits = call.dtype == torch.bfloat16 and call.K == call.V == 128 and all(a.shape[2] == call.H for a in operands)
-    return whole and fits and call.on_hopper and _channel.copyable(*(rows_of(a) for a in operands))
+    return whole and fits and call.on_hopper and _channel.copyable(*operands)
 
 
-def _of_chunks(call: Call, do: Tensor, q: Tensor, k: Tensor, v: Tensor, of_keys: dict, of_queries: dict, gate: bool):
+def _of_chunks(call: Call, do: Tensor, q: Tensor, k: Tensor, v: Tensor, of_keys: dict, of_queries: dict, ones, gate: bool):
     """dq, dk, dv [1, B, T, H, K or V], dg and dgain [B, T, Hg, 1] (None if not needed), all of a chunk in one program.
 
     of_keys, of_queries: options of the two passes that keep the states, forward in time, and their adjoints, backward.
+    ones: with a normalizer, the gradients dn [H, B*T] of its column and dz of that column's final state.
     """
     B, T, H, K, V, C, heads = call.B, call.T, call.H, call.K, call.V, call.chunk("o"), of_keys["heads"]
     M = call.block // C
@@ -306,15 +305,12 @@ def _of_chunks(call: Call, do: Tensor, q: Tensor, k: Tensor, v: Tensor, of_keys:
     kept = torch.bfloat16 if call.dtype == torch.float16 else call.dtype
     S, R = new(chunks, heads, K, V, dtype=kept), new(chunks, H, K, V, dtype=kept)
     dn = s = r = None
-    if "normalizer" in of_queries:
-        s, r = new(chunks, heads, K), new(chunks, H, K)
-        dn = of_queries["normalizer"][0]
-        of_keys, of_queries = (
-            options | {"normalizer": (*options["normalizer"][:4], part, None)} for options, part in ((of_keys, s), (of_queries, r))
-        )
+    if ones is not None:
+        s, r, (dn, dz) = new(chunks, heads, K), new(chunks, H, K), ones
+        of_keys |= dict(normalizer=(None, None, None, None, s, False))
+        of_queries |= dict(normalizer=(dn, None, dz, None, r, False))
     _role(call, "o", None, k, v, states=S, **of_keys)
     _role(call, "dv", None, q, do, states=R, **of_queries)
-    q, k, v = rows_of(q), rows_of(k), rows_of(v)
     dq, dk, dv = (new(1, B, T, H, a.shape[3], dtype=a.dtype if a.shape[2] == H else torch.float32) for a in (q, k, v))
     G, P, C_sum, K_sum = _sums(call) if call.kind == "scalar" else (None,) * 4
     t, fast = call.tile("gradients"), _fits_hopper(call, do, q, k, v)
