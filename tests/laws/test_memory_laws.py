@@ -40,8 +40,8 @@ class Call:
         cut = {n: x if n.startswith("norm") else x[:, start:end] for n, x in self.tensors.items()}
         return replace(self, tensors=cut, state=state)
 
-    def results(self, backend: str) -> dict[str, Tensor]:
-        """Outputs, final state and the gradients of a random linear functional of them."""
+    def results(self, backend: str, asked: str = "") -> dict[str, Tensor]:
+        """Outputs, final state and the gradients of a random linear functional of those whose names begin with `asked`."""
         leaf = lambda x: x.detach().clone().requires_grad_(x.is_floating_point())
         own = Call(
             {n: leaf(x) for n, x in self.tensors.items()}, [leaf(w) for w in self.weights],
@@ -51,7 +51,8 @@ class Call:
         rng = torch.Generator().manual_seed(5)
         o, (count, *state) = own.run(backend)
         outputs = {"o": o} | {f"state{i}": x for i, x in enumerate(state)}
-        loss = sum((x * torch.randn(x.shape, generator=rng, dtype=x.dtype)).sum() for x in outputs.values())
+        weigh = lambda x: (x * torch.randn(x.shape, generator=rng, dtype=x.dtype)).sum()
+        loss = sum(weigh(x) for name, x in outputs.items() if name.startswith(asked))
         leaves = (
             own.tensors | {f"w{i}": x for i, x in enumerate(own.weights)} | {f"b{i}": x for i, x in enumerate(own.biases or ())}
         )
@@ -119,6 +120,12 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 @given(calls())
 def test_torch_backend_is_the_recurrence(call):
     assert_same(call.results("torch"), call.results("reference"))
+
+
+@settings(few, max_examples=10)
+@given(calls(), st.sampled_from(["o", "state"]))
+def test_a_loss_on_the_output_or_the_state_alone(call, asked):
+    assert_same(call.results("torch", asked), call.results("reference", asked))
 
 
 @settings(few, max_examples=8)

@@ -393,10 +393,13 @@ def _setup(ctx, inputs, output):
     ctx.present = [x is not None for x in tensors]
     ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(output[2], valid, anchor, *tensors)
+    ctx.set_materialize_grads(False)  # the saved states would get zeros of their size
 
 
 def _backward(ctx, do, dstate, _):
     saved, valid, anchor, *tensors = ctx.saved_tensors
+    do = torch.zeros_like(tensors[2]) if do is None else do
+    dstate = saved.new_zeros(saved.shape[1:]) if dstate is None else dstate
     grads = iter(memory_backward_op(do, dstate, saved, *tensors, valid, anchor, *ctx.options))
     own = [next(grads) if present else None for present in ctx.present]
     return *own, next(grads), *[None] * 13
