@@ -9,7 +9,7 @@ import json
 import sys
 
 import torch
-from descriptors import lost_addresses, machine_code
+from machine_code import lost_addresses, machine_code, overwritten_operands
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
@@ -48,8 +48,11 @@ def compile_only(run):
             print(json.dumps(row), flush=True)
             if row["shared"] > SHARED:
                 raise SystemExit(f"{row['kernel']} wants {row['shared']} bytes of shared memory, sm_90 has {SHARED}")
-            if lost := lost_addresses(machine_code(kernel.asm["cubin"])):
+            code = machine_code(kernel.asm["cubin"])
+            if lost := lost_addresses(code):
                 raise SystemExit(f"{row['kernel']} is compiled wrongly, an address of shared memory is lost in {lost}")
+            if early := overwritten_operands(code):
+                raise SystemExit(f"{row['kernel']} is compiled wrongly, a product's operand is overwritten by {early}")
         return kernel
 
     return launch

@@ -38,11 +38,9 @@ class Rows:
         return tile
 
 
-def rows(a: torch.Tensor, count: int) -> Rows:
-    """As `_hopper.tiles`."""
-    D = a.shape[-1]
-    width, stride = (D, D) if count == D else (a.shape[-2] * D, a.stride(-3))
-    return Rows(a.as_strided((a.numel() // width, width), (stride, 1)), (count, D))
+def tiles(a: torch.Tensor, width: int, stride: int, rows: int, columns: int) -> Rows:
+    """As `_hopper._tiles`."""
+    return Rows(a.as_strided((a.numel() // width, width), (stride, 1)), (rows, columns))
 
 
 class Pointer:
@@ -64,6 +62,9 @@ class Buffer:
     def __init__(self, values):
         self.values = values
         self.shape, self.dtype = values.shape, values.dtype
+
+    def index(self, i):
+        return Buffer(self.values[i])
 
     def permute(self, order):
         return Buffer(self.values.permute(order))
@@ -102,13 +103,15 @@ class Program:
         self.products, self.stores = [], []
         scalar = lambda x: torch.tensor(x, dtype=torch.int64)
         self.gl = SimpleNamespace(
-            constexpr=lambda x: x, float32=torch.float32, int64=torch.int64,
+            constexpr=lambda x: x, float32=torch.float32, int64=torch.int64, int32=torch.int32,
             program_id=lambda axis: scalar(program), num_programs=lambda axis: scalar(programs), static_range=range,
             thread_barrier=lambda: None, allocate_shared_memory=self.allocate,
             arange=lambda start, end, layout: torch.arange(start, end),
-            zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype), convert_layout=lambda x, layout: x,
+            zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
+            full=lambda shape, x, dtype, layout: torch.full(shape, x, dtype=dtype), convert_layout=lambda x, layout: x,
             load=lambda p: p.values[p.element()], store=self.store, exp2=torch.exp2, minimum=lambda x, y: torch.clamp(x, max=y),
-            where=torch.where, sum=lambda x, axis: x.sum(axis), **{n: lambda *a: None for n in (
+            where=torch.where, maximum=lambda x, y: torch.clamp(x, min=y), min=lambda x, axis: x.amin(axis),
+            sum=lambda x, axis: x.sum(axis), **{n: lambda *a: None for n in (
                 "NVMMADistributedLayout", "DotOperandLayout", "SliceLayout")},
         )  # fmt: skip
         nothing = lambda *args, **options: None

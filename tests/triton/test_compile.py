@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import triton
-from descriptors import lost_addresses
+from machine_code import lost_addresses, overwritten_operands
 from triton import knobs
 
 from linnet.ops.triton._ptxas import with_descriptors_in_halves
@@ -36,8 +36,10 @@ LOST = "delta rule, per channel, rest of a chunk"  # ptxas 12.8 loses an address
         pytest.param("delta rule, odd sizes", {"prepare_scalar", "gradients_scalar"}, marks=pytest.mark.slow),
         pytest.param("delta rule, wide", {"forward_sweep", "backward_sweep"}, marks=pytest.mark.slow),
         pytest.param("delta rule, wide odd sizes", {"forward_sweep", "gradients_vector"}, marks=pytest.mark.slow),
-        pytest.param("delta rule, gates per channel", {"prepare_frame", "value_gradients"}, marks=pytest.mark.slow),
-        pytest.param("delta rule, per channel", {"prepare_frame", "gradients_frame"}, marks=pytest.mark.slow),
+        pytest.param(
+            "delta rule, gates per channel", {"prepare_frame", "channel_hopper", "value_gradients"}, marks=pytest.mark.slow
+        ),
+        ("delta rule, per channel", {"prepare_frame", "channel_hopper", "gradients_frame"}),
         (LOST, {"prepare_frame", "gradients_frame"}),
         ("dplr", {"prepare", "fold", "sweep", "solved", "gradients"}),
         pytest.param("dplr, no bound", {"prepare", "sweep", "solved", "gradients"}, marks=pytest.mark.slow),
@@ -73,6 +75,28 @@ WRONG = """
 def test_what_the_finder_finds():
     assert lost_addresses(RIGHT) == []
     assert lost_addresses(RIGHT + WRONG) == ["UIADD3.X UR31, UR4, -0x7fffffe0, URZ, UP1, !UPT"]
+
+
+TWO_PRODUCTS = """
+        /*e560*/                   MOV R44, R152 ;
+        /*e650*/                   HGMMA.64x32x16.F32.BF16 R24, R152, gdesc[UR4].tnspB, RZ, !UPT ;
+        /*e6f0*/                   HGMMA.64x32x16.F32.BF16 R24, R168, gdesc[UR4].tnspB, R24, gsb0 ;
+        /*e730*/                   LDL R192, [R1+0x138] ;
+        /*e740*/                   STG.E.64 desc[UR56][R20.64], R168 ;
+"""
+WAITED = "        /*e760*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n"
+PENDING = "        /*e760*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;\n"
+
+
+@pytest.mark.parametrize(
+    "write",
+    ["IMAD.MOV.U32 R170, RZ, RZ, 0x3f803f80", "@!P1 MOV R171, R3", "IMAD.WIDE R154, R3, 0x4, R4", "LDS.128 R152, [R3]"],
+)
+def test_an_operand_that_is_overwritten_too_early_is_found(write):
+    line = f"        /*e790*/                   {write} ;\n"
+    assert overwritten_operands(TWO_PRODUCTS + line) == [write]
+    assert overwritten_operands(TWO_PRODUCTS + PENDING + line) == [write]
+    assert overwritten_operands(line + TWO_PRODUCTS + WAITED + line) == []
 
 
 def test_only_descriptors_are_rewritten():

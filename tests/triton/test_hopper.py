@@ -5,13 +5,15 @@ On a GPU they are what the laws with 16-bit operands of K = V = 128 run.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import gluon_on_cpu
 import pytest
 import torch
 from accuracy import assert_is_the_recurrence, error
 
 import linnet.ops as ops
-from linnet.ops.triton import _delta, _hopper, _linear
+from linnet.ops.triton import _delta, _hopper, _linear, _plan, _table
 
 D, LIMIT = 64, 2e-5
 FAR = 1e-4  # the delta rule adds up log-decays in fp32: sums of a chunk of strong ones reach 2,000, where fp32 has steps of 1e-4
@@ -26,11 +28,12 @@ def kernels(monkeypatch, device):
     """Every call goes to the Gluon kernels; their launches by name."""
     if device != "cpu":
         pytest.skip("for the interpreter")
-    found = {name: gluon_on_cpu.Kernel(name) for name in ("gradients_hopper", "delta_hopper")}
+    found = {name: gluon_on_cpu.Kernel(name) for name in ("gradients_hopper", "delta_hopper", "channel_hopper")}
     for module in (_linear, _delta):
-        monkeypatch.setattr(module, "_fits_hopper", lambda *_: True)
+        monkeypatch.setattr(module, "_fits_hopper", lambda call, *_: call.kind != "vector")
+    monkeypatch.setattr(_delta, "_fits_channel_hopper", lambda *_: True)
     monkeypatch.setattr(_hopper, "kernel", found.get)
-    monkeypatch.setattr(_hopper, "tiles", gluon_on_cpu.rows)
+    monkeypatch.setattr(_hopper, "_tiles", gluon_on_cpu.tiles)
     return found
 
 
@@ -88,6 +91,28 @@ def test_delta_rule(kernels, decay, beta):
     x["erase"] = beta * torch.rand(2, 128, 2, generator=torch.Generator().manual_seed(4))
     check(ops.delta_rule, x, state, FAR if decay in ("strong", "reset") else LIMIT)
     assert kernels["delta_hopper"].launches == 1
+
+
+@pytest.mark.parametrize("gate", ["token", "token, up to 2", "channel"])
+@pytest.mark.parametrize("strength", [0.3, 5.0, "mixed"])
+def test_delta_rule_with_decay_per_channel(kernels, monkeypatch, gate, strength):
+    """Tiles with a channel that decays too far are the frame kernel's: all of them, or in "mixed" one tile of one chunk."""
+    monkeypatch.setattr(_plan, "SAFE_EXPONENT_FP32", _plan.SAFE_EXPONENT)  # as test_frames runs the kernels for 16-bit operands
+    monkeypatch.setattr(_plan.DeltaCall, "framed", property(lambda call: call.frame > 0))
+    monkeypatch.setattr(_table, "DELTA_FP32", replace(_table.DELTA_FP32, C=64, BD=32))
+    K, T = 128, 128
+    rng = torch.Generator().manual_seed(9)
+    x = {n: torch.randn(1, T, 1, K, generator=rng) for n in "qkv"}
+    x["erase"] = (2 if "2" in gate else 1) * torch.rand(*x["k"].shape[: 4 if gate == "channel" else 3], generator=rng)
+    if gate == "channel":
+        x["write"] = torch.rand(1, T, 1, K, generator=rng)
+    x["k"] = torch.nn.functional.normalize(x["k"], dim=-1)
+    u = torch.rand(1, T, 1, K, generator=rng)
+    if strength == "mixed":
+        u[:, 70:, :, 3] *= 12
+    x["log_decay"] = (-(0.4 if strength == "mixed" else strength) * u).clamp_min(-5)
+    check(ops.delta_rule, x, torch.randn(1, 1, K, K, generator=rng), log_decay_min=-5.0)
+    assert kernels["channel_hopper"].launches == 1
 
 
 def test_delta_rule_with_a_write_gate_and_one_head(kernels):

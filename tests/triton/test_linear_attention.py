@@ -112,6 +112,20 @@ def test_splitting_the_time_is_exact(device, monkeypatch, kind, packed):
     assert_is_the_recurrence(x, state, cu_seqlens=cu)
 
 
+@pytest.mark.parametrize("normalizer", ["sum", "floor"])
+@pytest.mark.parametrize(("kind", "heads"), [("none", (1, 1, 1, 1)), ("scalar", (2, 1, 2, 1)), ("scalar", (4, 2, 1, 2))])
+def test_splitting_the_time_with_a_normalizer(device, monkeypatch, kind, heads, normalizer):
+    monkeypatch.setattr(_table, "splits", lambda *_: 3)
+    T = 200 if device == "cpu" else 4000
+    cu = torch.tensor([0, 7, 7, T], dtype=torch.int32, device=device) if heads[0] == 2 else None
+    x, state = operands(device, T, 16, 24, kind=kind, B=1, heads=heads, rows=1 if cu is None else 3, strength=0.1)
+    if normalizer == "sum":
+        x["q"], x["k"] = x["q"].abs(), x["k"].abs()
+    elif kind == "scalar":
+        x["log_gain"] = torch.randn(1, T, heads[3], generator=torch.Generator().manual_seed(1)).to(device)
+    assert_is_the_recurrence(x, state, normalizer=normalizer, normalizer_eps=0.3, cu_seqlens=cu)
+
+
 def test_normalizer_bonus_and_gain(device):
     x, state = operands(device, 40, kind="scalar", B=1)
     x["q"], x["k"] = x["q"].abs(), x["k"].abs()

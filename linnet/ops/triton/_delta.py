@@ -290,7 +290,11 @@ def backward(
         erase_tiles = erase if erase_tiles is None else erase_tiles
         derase_tiles = derase if results[4] is None else results[4]
         own = {} if call.framed else call.levels
-        for kernel in (gradients_near, gradients_frame) if call.framed else (gradients_vector,):  # each tile is one kernel's
+        kernels = (gradients_near, gradients_frame) if call.framed else (gradients_vector,)  # each tile is one kernel's
+        if _fits_channel_hopper(call, q, k, p, v, do):
+            kernels = (gradients_frame,)
+            _of_channels(call, prepared, q, p, x, y, do, g, erase, states, adjoints, dq, dp, dg, derase, ND, gate)
+        for kernel in kernels:
             kernel[(NB * H * ND,)](
                 *inputs, g_tiles, prepared.carry, erase_tiles, *kept, *results[:3], derase_tiles, results[3], cu, T, B * T, call.N,
                 *strides, _stride(g), _stride(erase), scale, call.floor, H, *sharing(q, k, p, g, erase), K, V, ND,
@@ -326,9 +330,32 @@ def backward(
 
 def _fits_hopper(call: DeltaCall, q, k, p, v, do, erase) -> bool:
     """Whether `delta_hopper` has this call."""
-    simple = call.kind != "vector" and k is None and not (call.before or call.exclusive or call.ragged) and _gate_kind(erase) < 2
-    fits = call.dtype == torch.bfloat16 and call.K == call.V == 128 and all(a.shape[2] == call.H for a in (q, p, v))
-    return simple and fits and call.on_hopper and call.C == 64 and _aligned(q, p, do)
+    fits = call.kind != "vector" and call.K == 128 and _gate_kind(erase) < 2
+    return fits and _hopper_has(call, q, k, p, v, do)
+
+
+def _fits_channel_hopper(call: DeltaCall, q, k, p, v, do) -> bool:
+    """Whether `channel_hopper` has this call, but for the tiles that need frames."""
+    return call.framed and call.K % 64 == 0 and _hopper_has(call, q, k, p, v, do)
+
+
+def _hopper_has(call: DeltaCall, q, k, p, v, do) -> bool:
+    """What both kernels ask for: whole chunks, one key, read and erased after the decay, no shared heads."""
+    simple = k is None and not (call.before or call.exclusive or call.ragged) and all(a.shape[2] == call.H for a in (q, p, v))
+    return simple and call.dtype == torch.bfloat16 and call.V == 128 and call.C == 64 and call.on_hopper and _aligned(q, p, do)
+
+
+def _of_channels(
+    call: DeltaCall, prepared: Prepared, q, p, x, y, do, g, erase, states, adjoints, dq, dp, dg, derase, ND: int, gate: bool
+):
+    """Fills dq, dp, dg and derase by `channel_hopper`, but for the tiles that need frames."""
+    C, H, D = call.C, call.H, call.K // ND
+    tiles = [_hopper.of_tokens(a, C, D) for a in (q, p)] + [_hopper.of_tokens(a, C, C) for a in (x, y, do)]
+    tiles += [_hopper.of_states(a, C, D) for a in (states, adjoints)] + [_hopper.of_tokens(a[0], C, D) for a in (dq, dp)]
+    _hopper.kernel("channel_hopper")[(call.chunks * H,)](
+        *tiles, g, prepared.carry, erase, dg, derase, call.B * call.T, _stride(g), _stride(erase), call.scale, call.floor, H,
+        *_sharing(H, q, p, g, erase), C=C, D=D, ND=ND, GATE=gate, ERASE=_gate_kind(erase), num_warps=4,
+    )  # fmt: skip
 
 
 def _of_chunks(call: DeltaCall, prepared: Prepared, q, p, x, y, do, erase, states, adjoints, dq, dp, derase, gate: bool):
@@ -337,12 +364,12 @@ def _of_chunks(call: DeltaCall, prepared: Prepared, q, p, x, y, do, erase, state
     decay = call.kind == "scalar"
     new = functools.partial(torch.empty, device=q.device, dtype=torch.float32)
     query, key, products = (new(H, B * T), new(2, H, B * T), new(call.chunks, H)) if decay else (None, None, None)
-    tiles = [_hopper.tiles(a, C) for a in (q, p, x, y, do)]
-    tiles += [_hopper.tiles(states, K), _hopper.tiles(states.view(-1, C, 1, K), C), _hopper.tiles(adjoints, K)]
+    tiles = [_hopper.of_tokens(a, C, K) for a in (q, p, x, y, do)]
+    tiles += [_hopper.of_states(a, rows, K) for a, rows in ((states, K), (states, C), (adjoints, K))]
+    tiles += [_hopper.of_tokens(a[0], C, K) for a in (dq, dp)]
     _hopper.kernel("delta_hopper")[(call.chunks * H,)](
-        *tiles, _hopper.tiles(dq[0], C), _hopper.tiles(dp[0], C), prepared.factors, prepared.carry, erase, query, key, products,
-        derase, B * T, _stride(erase), call.scale, H, *_sharing(H, q, p, erase), C=C, D=K, DECAY=decay, ERASE=erase is not None,
-        num_warps=4,
+        *tiles, prepared.factors, prepared.carry, erase, query, key, products, derase, B * T, _stride(erase), call.scale, H,
+        *_sharing(H, q, p, erase), C=C, D=K, DECAY=decay, ERASE=erase is not None, num_warps=4,
     )  # fmt: skip
     if not gate:
         return None

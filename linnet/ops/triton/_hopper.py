@@ -20,12 +20,19 @@ def kernel(name: str):
     return getattr(_kernel_hopper, name)
 
 
-def tiles(a: Tensor, rows: int):
-    """The descriptor of a, bf16: tiles of `rows` tokens of [B, T, H, D] as rows_of leaves them; rows = D: states [..., D, D]."""
+def of_tokens(a: Tensor, rows: int, columns: int):
+    """The descriptor of a [B, T, H, D], bf16, as rows_of leaves it: tiles of `rows` tokens and `columns` of the H*D columns."""
+    return _tiles(a, a.shape[2] * a.shape[3], a.stride(1), rows, columns)
+
+
+def of_states(a: Tensor, rows: int, columns: int):
+    """The descriptor of a [..., D, E], bf16: tiles of the rows of all of them, one under another."""
+    return _tiles(a, a.shape[-1], a.shape[-1], rows, columns)
+
+
+def _tiles(a: Tensor, width: int, stride: int, rows: int, columns: int):
     from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    D = a.shape[-1]
-    width, stride = (D, D) if rows == D else (a.shape[-2] * D, a.stride(-3))
-    layout = NVMMASharedLayout.get_default_for([rows, D], bfloat16)
-    return TensorDescriptor(a, [a.numel() // width, width], [stride, 1], [rows, D], layout)
+    layout = NVMMASharedLayout.get_default_for([rows, columns], bfloat16)
+    return TensorDescriptor(a, [a.numel() // width, width], [stride, 1], [rows, columns], layout)

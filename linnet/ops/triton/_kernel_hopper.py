@@ -1,7 +1,8 @@
 """Gluon kernels for Hopper: gradients of a chunk with 128 key and value channels, bf16, sequences of whole blocks.
 
 `gradients_hopper` is `gradients_kernel` (_kernel_gradients.py), with or without the normalizer; `delta_hopper` is
-`gradients_scalar` (_kernel_delta.py) for one key, read and erased after the decay. Here every tile comes and goes by the bulk copy
+`gradients_scalar` (_kernel_delta.py) and `channel_hopper` is `gradients_near` (_kernel_delta_frame.py) for one key, read and erased
+after the decay. Here every tile comes and goes by the bulk copy
 engine, asked for when the program starts or as soon as its buffer is free, and accumulators become operands in registers: no
 barriers but those of the buffers, 113 KiB of shared memory and four warps a program, two programs a processor. What fits into
 registers decides: a vector is loaded where it is used, again if need be, because a spill goes past the small cache that is left.
@@ -18,6 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LEAST = gl.constexpr(2.0**-96)  # of every channel of a chunk: then no factor leaves the range of bf16
 
 
 @gluon.jit
@@ -353,4 +357,215 @@ def delta_hopper(
         mbarrier.wait(bars.index(0), 1)
         at_c = carry + h.to(gl.int64) * (gl.num_programs(0) // H) + chunk
         gl.store(products + at, product(us, ys, states, zero_p, ri, ci) * gl.load(at_c))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def times_both(a, b, zero):
+    """a b^T of [C, 2 C] tiles in halves."""
+    P = warpgroup_mma(a.index(0), b.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
+    return warpgroup_mma(a.index(1), b.index(1).permute((1, 0)), P, is_async=True)
+
+
+@gluon.jit
+def on_state(a, first, second, zero):
+    """a S of a [C, 2 C] tile and a state of 2 C rows, in halves."""
+    X = warpgroup_mma(a.index(0), first, zero, use_acc=False, is_async=True)
+    return warpgroup_mma(a.index(1), second, X, is_async=True)
+
+
+@gluon.jit
+def ask(S, R, q, p, tiles, bars, b, row, index, of_q, of_p, C: gl.constexpr, D: gl.constexpr):
+    """Ask for the tiles of block b of key channels."""
+    bar = bars.index(b % 2)
+    at = b % 2 * 6
+    mbarrier.expect(bar, 6 * C * D * 2)
+    for i in gl.static_range(2):
+        tma.async_copy_global_to_shared(S, [(index * 2 + i) * C, b * D], bar, tiles.index(at + i))
+        tma.async_copy_global_to_shared(R, [(index * 2 + i) * C, b * D], bar, tiles.index(at + 2 + i))
+    tma.async_copy_global_to_shared(q, [row, of_q + b * D], bar, tiles.index(at + 4))
+    tma.async_copy_global_to_shared(p, [row, of_p + b * D], bar, tiles.index(at + 5))
+
+
+@gluon.jit
+def split(X, high, low):
+    """X in fp32 as a sum of two 16-bit tiles."""
+    head = X.to(high.dtype)
+    high.store(head)
+    low.store((X - head.to(gl.float32)).to(high.dtype))
+
+
+@gluon.jit
+def channel_hopper(
+    q, p, x, y, do, S, R, dq, dp, g, carry, erase, dg, derase, BT, stride_g, stride_e, scale, floor, H, Rq, Rp, Rg, Re,
+    C: gl.constexpr, D: gl.constexpr, ND: gl.constexpr, GATE: gl.constexpr, ERASE: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """As `gradients_near`: all of a chunk, D key channels after D key channels, with the next ones on their way.
+
+    Pairs of tokens are multiplied once for all channels. dg is the sum over later tokens of Z - now and the sum of all of now, one
+    product with a triangle where `gradients_near` has three. Tiles that decay too far are left to `gradients_frame`.
+    """
+    h = gl.program_id(0) % H
+    chunk = gl.program_id(0) // H
+    K: gl.constexpr = D * ND
+    row = chunk * C
+    index = chunk * H + h
+    BF: gl.constexpr = q.dtype
+    LP: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, C, 16])
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, D, 16])
+    A_OP: gl.constexpr = gl.DotOperandLayout(0, L, 2)
+    ROW_P: gl.constexpr = gl.SliceLayout(1, LP)
+    COL_P: gl.constexpr = gl.SliceLayout(0, LP)
+    ROW: gl.constexpr = gl.SliceLayout(1, L)
+    COL: gl.constexpr = gl.SliceLayout(0, L)
+    us = gl.allocate_shared_memory(BF, [2, C, C], do.layout)
+    xs = gl.allocate_shared_memory(BF, [2, C, C], x.layout)
+    ys = gl.allocate_shared_memory(BF, [2, C, C], y.layout)
+    own_tiles = gl.allocate_shared_memory(BF, [12, C, D], q.layout)  # S in two halves, R in two halves, q, p; twice
+    first = gl.allocate_shared_memory(BF, [1, C, D], q.layout)
+    second = gl.allocate_shared_memory(BF, [1, C, D], q.layout)
+    third = gl.allocate_shared_memory(BF, [1, C, D], q.layout)
+    stage = gl.allocate_shared_memory(BF, [1, C, D], q.layout)
+    bars = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(3):
+        mbarrier.init(bars.index(i), count=1)
+    fence_async_shared()
+    gl.thread_barrier()
+    mbarrier.expect(bars.index(2), 6 * C * C * 2)
+    for i in gl.static_range(2):
+        tma.async_copy_global_to_shared(do, [row, (h * 2 + i) * C], bars.index(2), us.index(i))
+        tma.async_copy_global_to_shared(x, [row, (h * 2 + i) * C], bars.index(2), xs.index(i))
+        tma.async_copy_global_to_shared(y, [row, (h * 2 + i) * C], bars.index(2), ys.index(i))
+    ask(S, R, q, p, own_tiles, bars, 0, row, index, h // Rq * K, h // Rp * K, C, D)
+    ri = gl.arange(0, C, layout=ROW_P)
+    ci = gl.arange(0, C, layout=COL_P)
+    r = gl.arange(0, C, layout=ROW)
+    d = gl.arange(0, D, layout=COL)
+    ones = gl.full([C, C], 1.0, gl.float32, LP)
+    zero_p = gl.zeros([C, C], gl.float32, LP)
+    zero = gl.zeros([C, D], gl.float32, L)
+    if ERASE == 1:
+        be = gl.load(erase + (row + r).to(gl.int64) * stride_e + h // Re).to(gl.float32)[:, None]
+    # ---- pairs of tokens, the same for all key channels
+    mbarrier.wait(bars.index(2), 0)
+    P = times_both(us, xs, zero_p)
+    T = times_both(xs, us, zero_p)
+    P = warpgroup_mma_wait(2, deps=[P])
+    P = P * scale
+    own = gl.convert_layout(gl.sum(gl.where(ri[:, None] == ci[None, :], P, 0.0), 1), ROW)
+    P16 = gl.convert_layout(gl.where(ri[:, None] > ci[None, :], P, 0.0).to(BF), A_OP)
+    P = times_both(ys, xs, zero_p)
+    T = warpgroup_mma_wait(2, deps=[T])
+    T16 = gl.convert_layout(gl.where(ri[:, None] < ci[None, :], T * scale, 0.0).to(BF), A_OP)
+    T = times_both(xs, ys, zero_p)
+    P = warpgroup_mma_wait(2, deps=[P])
+    L16 = gl.convert_layout(gl.where(ri[:, None] > ci[None, :], -P, 0.0).to(BF), A_OP)
+    T = warpgroup_mma_wait(0, deps=[T])
+    U16 = gl.convert_layout(gl.where(ri[:, None] < ci[None, :], -T, 0.0).to(BF), A_OP)
+
+    for b in range(ND):
+        kept = gl.load(carry + index.to(gl.int64) * K + b * D + d)
+        least = gl.min(kept, 0)
+        tma.store_wait(0)  # dp has left its buffer
+        gl.thread_barrier()
+        if b + 1 < ND:
+            ask(S, R, q, p, own_tiles, bars, b + 1, row, index, h // Rq * K, h // Rp * K, C, D)
+        at = b % 2 * 6
+        qs = own_tiles.index(at + 4)
+        ps = own_tiles.index(at + 5)
+        if least >= LEAST:
+            # Zero, but the compiler does not know. What is formed with it holds no registers through all of the loop, and is not
+            # constant: parts of constant operands in registers ptxas 12.8 sets too late (tests/triton/machine_code.py looks for it)
+            nil = (least > 2.0).to(gl.int32)
+            rows = (row + nil + r).to(gl.int64)[:, None]
+            at_out = (rows * H + h) * K + d[None, :]
+            if ERASE == 2:
+                at_e = erase + rows * stride_e + h // Re * K + d[None, :]
+            written = first.index(nil)
+            read = second.index(nil)
+            erased = third.index(nil)
+            at_g = g + rows * stride_g + h // Rg * K + b * D + d[None, :]
+            G = gl.maximum(gl.load(at_g).to(gl.float32), floor)
+            split(G, written, read)
+            fence_async_shared()
+            gl.thread_barrier()
+            after = gl.convert_layout(gl.where(ri[:, None] > ci[None, :] + nil, ones, 0.0).to(BF), A_OP)
+            E = warpgroup_mma(after, written, zero, use_acc=False, is_async=True)
+            E = warpgroup_mma(after, read, E, is_async=True)
+            mbarrier.wait(bars.index(b % 2), b // 2 % 2)
+            X = on_state(us, own_tiles.index(at), own_tiles.index(at + 1), zero)
+            Y = on_state(ys, own_tiles.index(at), own_tiles.index(at + 1), zero)
+            E = warpgroup_mma_wait(4, deps=[E])
+            E = (E + G) * LOG2E
+            reader = gl.exp2(E)
+            gl.thread_barrier()  # all warps have read the log-decays
+            written.store((ps.load(L).to(gl.float32) * gl.exp2(0.0 - E)).to(BF))
+            read.store((qs.load(L).to(gl.float32) * reader).to(BF))
+            if ERASE == 2:
+                be = gl.load(at_e + b * D).to(gl.float32)
+            if ERASE:
+                erased.store((ps.load(L).to(gl.float32) * be * reader).to(BF))
+            else:
+                erased.store((ps.load(L).to(gl.float32) * reader).to(BF))
+            fence_async_shared()
+            gl.thread_barrier()
+            # ---- reads
+            I = warpgroup_mma(P16, written, zero, use_acc=False, is_async=True)
+            X, I = warpgroup_mma_wait(0, deps=[X, I])
+            F = warpgroup_mma(L16, written, zero, use_acc=False, is_async=True)
+            X = X * (reader * scale)
+            if GATE:
+                now = X * qs.load(L).to(gl.float32) + I * read.load(L).to(gl.float32)
+            X = X + I * reader + own[:, None] * ps.load(L).to(gl.float32)
+            out = stage.index(nil)
+            out.store(X.to(BF))
+            fence_async_shared()
+            gl.thread_barrier()
+            tma.async_copy_shared_to_global(dq, [row, h * K + b * D], out)
+            # ---- erasures
+            Y, F = warpgroup_mma_wait(0, deps=[Y, F])
+            I = warpgroup_mma(T16, read, zero, use_acc=False, is_async=True)
+            I = warpgroup_mma(U16, erased, I, is_async=True)
+            Y = Y * (0.0 - reader)
+            if GATE:
+                X = Y * ps.load(L).to(gl.float32)
+                if ERASE:
+                    X = X * be
+                now += X + F * erased.load(L).to(gl.float32)
+            Y = Y + F * reader
+            if ERASE:
+                erases = Y * ps.load(L).to(gl.float32)
+                if ERASE == 1:
+                    gl.store(derase + (b * H + h).to(gl.int64) * BT + row + r, gl.sum(erases, 1))
+                else:
+                    gl.store(derase + at_out + b * D, erases)
+                Y = Y * be
+            # ---- writes
+            Z = on_state(xs, own_tiles.index(at + 2), own_tiles.index(at + 3), zero)
+            Z, I = warpgroup_mma_wait(0, deps=[Z, I])
+            writer = 1.0 / reader
+            Z = Z * (writer * kept[None, :])
+            Y = Y + Z + I * writer + own[:, None] * qs.load(L).to(gl.float32)
+            if GATE:
+                now -= I * written.load(L).to(gl.float32)
+                Z = Z * ps.load(L).to(gl.float32) - now
+                for i in gl.static_range(2):  # and <S, R> of every channel
+                    X = own_tiles.index(at + i).load(L).to(gl.float32) * own_tiles.index(at + 2 + i).load(L).to(gl.float32)
+                    now += X * kept[None, :]
+                total = gl.sum(now, 0)
+            gl.thread_barrier()  # all warps have read the decayed operands and q
+            if GATE:
+                split(Z, written, read)
+            qs.store(Y.to(BF))
+            fence_async_shared()
+            gl.thread_barrier()
+            tma.async_copy_shared_to_global(dp, [row, h * K + b * D], qs)
+            if GATE:
+                after = gl.convert_layout(gl.where(ri[:, None] > ci[None, :] + 2 * nil, ones, 0.0).to(BF), A_OP)
+                X = warpgroup_mma(after, written, zero, use_acc=False, is_async=True)
+                X = warpgroup_mma(after, read, X, is_async=True)
+                X = warpgroup_mma_wait(0, deps=[X])
+                gl.store(dg + at_out + b * D, X + total[None, :])
+        else:
+            mbarrier.wait(bars.index(b % 2), b // 2 % 2)  # a copy may not be under way when its buffer is asked for again
     tma.store_wait(0)

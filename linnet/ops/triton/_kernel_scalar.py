@@ -248,7 +248,7 @@ def scalar_role(
         if HAS_OUT and not OUT_DESC:  # in the loop: a store behind it would impose its layout on the state in every iteration
             if j == chunks - 1:
                 save_state(S_out, S * scale_out, part, h, H, H_out, cd + d, cz + zz, D, Z, in_d, in_z, TR)
-    if ONES and OUT:
+    if ONES and HAS_OUT and STATES == 0:
         if iz == 0 and h % (H // H_out) == 0:
             tl.store(s_out + (part * H_out + h // (H // H_out)) * D + cd + d, tl.sum(s, 1) * scale_out, mask=cd + d < D)
     if OUT_DESC:

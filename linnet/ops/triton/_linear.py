@@ -163,29 +163,45 @@ def _partials(call: Call, role: str, like: Tensor, D: int) -> Tensor:
 
 def _fold(parts: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     """Add the parts and the heads that share an operand head: [P, B, T, H, D] -> [B, T, heads, D]."""
+    x = parts[-1]
     if parts.shape[0] > 1:
-        parts = parts.sum(0, keepdim=True)
-    x = parts[0]
+        rest = parts[0] if parts.shape[0] == 2 else parts[:-1].sum(0)
+        wanted = dtype if x.shape[2] == heads else x.dtype  # converted by the sum itself: wide heads spend their time here
+        x = torch.add(rest, x, out=torch.empty_like(x, dtype=wanted))
     if x.shape[2] != heads:
         x = x.unflatten(2, (heads, -1)).sum(3)
     return x.to(dtype)
 
 
-def _split_states(call: Call, role: str, y: Tensor, z: Tensor, heads: int, S_in, first: bool, scale_in: float, scale_out: float):
-    """States at the starts of all splits [N*NS, heads, K, V] and the final ones [N, heads, K, V]."""
+def _split_states(
+    call: Call, role: str, y: Tensor, z: Tensor, heads: int, S_in, first: bool, scale_in: float, scale_out: float, ones=None
+):
+    """States at the starts of all splits [N*NS, heads, K, V] and the final ones [N, heads, K, V].
+
+    ones: with a normalizer, the weights of its column (or None) and its own S_in; then two pairs (states, those of the column).
+    """
     NS, K, V = call.splits, call.K, call.V
     new = functools.partial(torch.empty, dtype=torch.float32, device=y.device)
     local, start, final = new(call.N * NS, heads, K, V), new(call.N * NS, heads, K, V), new(call.N, heads, K, V)
     groups = K if call.kind == "vector" else 1
     total = new(call.N * NS, heads, groups) if call.kind != "none" else None
-    _role(call, role, None, y, z, heads=heads, splits=NS, S_out=local, total=total)
-    H_in = 1 if S_in is None else S_in.shape[1]
-    BK, BV = 16, 64
-    join_kernel[(triton.cdiv(V, BV), call.N * heads, triton.cdiv(K, BK))](
-        local, total, S_in, start, final, NS, heads, heads, H_in, K, V, scale_in, scale_out, groups, BK, BV,
-        REV=role == "dv", DECAY=call.kind != "none", HAS_IN=S_in is not None, FIRST=first,
-    )  # fmt: skip
-    return start, final
+    weights, column_in = ones or (None, None)
+    column = [new(rows, heads, K) for rows in (call.N * NS, call.N * NS, call.N)] if ones else None  # as local, start and final
+    own = dict(normalizer=(weights, None, None, column[0], None, False)) if ones else {}
+    _role(call, role, None, y, z, heads=heads, splits=NS, S_out=local, total=total, **own)
+
+    def join(local: Tensor, S_in: Tensor | None, start: Tensor, final: Tensor, V: int):
+        BK, BV = 16, 64 if V > 1 else 1
+        join_kernel[(triton.cdiv(V, BV), call.N * heads, triton.cdiv(K, BK))](
+            local, total, S_in, start, final, NS, heads, heads, 1 if S_in is None else S_in.shape[1], K, V, scale_in, scale_out,
+            groups, BK, BV, REV=role == "dv", DECAY=call.kind != "none", HAS_IN=S_in is not None, FIRST=first,
+        )  # fmt: skip
+
+    join(local, S_in, start, final, V)
+    if ones is None:
+        return start, final
+    join(column[0], column_in, *column[1:], 1)
+    return (start, column[1]), (final, column[2])
 
 
 def forward(q, k, v, g, S0, cu, scale: float, exclusive: bool, heads: int, bound: float | None):
@@ -211,7 +227,7 @@ def backward(
 ):  # fmt: skip
     """Gradients of q, k, v, g (None without decay or need), of the initial state, and of the gain (None without one).
 
-    divided: h, n, low, dn, dz, floor of a call with a normalizer, for which `do` is the gradient of h.
+    divided: h, n, low, starts, dn, dz, floor of a call with a normalizer, for which `do` is the gradient of h; starts: like start.
     """
     call = Call(q, v, g, cu, scale, exclusive, heads, bound, gain)
     H, K, V, NS, NB = call.H, call.K, call.V, call.splits, call.block_count()
@@ -219,9 +235,9 @@ def backward(
     gate = g is not None and (need_dg or gain is not None)
     ones = None
     if divided is not None:
-        *output, dn, dz, floor = divided
+        *output, starts, dn, dz, floor = divided
         do, dn = _undivided(call, do, *output, dn, floor)
-        ones = dn, dz
+        ones = dn, dz, starts
     q, k, v, do = rows_of(q), rows_of(k), rows_of(v), do.contiguous()
     dS = None if dS is None else dS.contiguous()
     S0 = start if NS > 1 else None if S0 is None else S0.contiguous()
@@ -229,7 +245,10 @@ def backward(
     if call.in_channels:
         call.ready = _channel.prepared(call, q, k)
     if NS > 1:
-        R_in, dS0 = _split_states(call, "dv", q, do, H, dS, True, 1 / scale, scale)
+        R_in, dS0 = _split_states(call, "dv", q, do, H, dS, True, 1 / scale, scale, ones and ones[:2])
+        if ones is not None:
+            (R_in, dz), (dS0, _) = R_in, dS0
+            ones = dn, dz, starts
         into = dict(splits=NS, S_in=R_in)
     else:
         dS0 = new(call.N, H, K, V)
@@ -296,7 +315,8 @@ def _of_chunks(call: Call, do: Tensor, q: Tensor, k: Tensor, v: Tensor, of_keys:
     """dq, dk, dv [1, B, T, H, K or V], dg and dgain [B, T, Hg, 1] (None if not needed), all of a chunk in one program.
 
     of_keys, of_queries: options of the two passes that keep the states, forward in time, and their adjoints, backward.
-    ones: with a normalizer, the gradients dn [H, B*T] of its column and dz of that column's final state.
+    ones: with a normalizer, of its column the gradients dn [H, B*T] and dz of the state that comes in at the end, and what `start`
+    is for S.
     """
     B, T, H, K, V, C, heads = call.B, call.T, call.H, call.K, call.V, call.chunk("o"), of_keys["heads"]
     M = call.block // C
@@ -306,8 +326,8 @@ def _of_chunks(call: Call, do: Tensor, q: Tensor, k: Tensor, v: Tensor, of_keys:
     S, R = new(chunks, heads, K, V, dtype=kept), new(chunks, H, K, V, dtype=kept)
     dn = s = r = None
     if ones is not None:
-        s, r, (dn, dz) = new(chunks, heads, K), new(chunks, H, K), ones
-        of_keys |= dict(normalizer=(None, None, None, None, s, False))
+        s, r, (dn, dz, starts) = new(chunks, heads, K), new(chunks, H, K), ones
+        of_keys |= dict(normalizer=(None, None, starts if call.splits > 1 else None, None, s, False))
         of_queries |= dict(normalizer=(dn, None, dz, None, r, False))
     _role(call, "o", None, k, v, states=S, **of_keys)
     _role(call, "dv", None, q, do, states=R, **of_queries)
@@ -320,9 +340,10 @@ def _of_chunks(call: Call, do: Tensor, q: Tensor, k: Tensor, v: Tensor, of_keys:
     G_width = 0 if G is None else G.shape[1]
     shared = dict(C=C, DECAY=call.kind == "scalar", GATE=gate, GAIN=call.gain is not None)
     if fast:
-        tiles = [_hopper.tiles(a, rows) for a, rows in ((q, C), (k, C), (v, C), (do, C), (S, K), (S.view(-1, C, 1, K), C), (R, K))]
+        tiles = [_hopper.of_tokens(a, C, K) for a in (q, k, v, do)]
+        tiles += [_hopper.of_states(a, rows, V) for a, rows in ((S, K), (S, C), (R, K))]
         _hopper.kernel("gradients_hopper")[(chunks * H,)](
-            *tiles, *(_hopper.tiles(a[0], C) for a in (dq, dk, dv)), P if call.exclusive else G, G, C_sum, K_sum, query, key,
+            *tiles, *(_hopper.of_tokens(a[0], C, K) for a in (dq, dk, dv)), P if call.exclusive else G, G, C_sum, K_sum, query, key,
             products, dn, s, r, B * T, G_width, call.scale, *counts, D=K, EXCL=call.exclusive, ONES=dn is not None,
             num_warps=t.warps, **shared,
         )  # fmt: skip
@@ -357,15 +378,22 @@ def running_maximum(g: Tensor | None, i: Tensor, cu: Tensor | None) -> tuple[Ten
     m, previous = torch.empty_like(i), torch.empty_like(i)
     stride, Hg = (0, 1) if g is None else (g.stride(1), g.shape[2])
     rows = B if cu is None else cu.shape[0] - 1
-    maximum_kernel[(rows * H,)](g, i, m, previous, cu, T, stride, H, Hg, g is not None, cu is not None, 512)
+    C, warps = (2048, 8) if T > 2048 else (512, 4)
+    maximum_kernel[(rows * H,)](g, i, m, previous, cu, T, stride, H, Hg, g is not None, cu is not None, C, num_warps=warps)
     return m, previous
 
 
 def normalized(q, k, v, g, gain, low, cu, scale: float, heads: int, floor: bool):
-    """h = o / max(|n|, low) or o / (n + low), n [H, B*T], and the final state S, z."""
+    """h = o / max(|n|, low) or o / (n + low), n [H, B*T], the final state S, z, and both at the starts of the splits, if any."""
     call = Call(q, v, g, cu, scale, False, heads, None, gain)
     new = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     parts = _partials(call, "o", v.new_empty(1, 1, call.H, call.V), call.K)
-    S, z, n = new(call.N, heads, call.K, call.V), new(call.N, heads, call.K), new(call.H, call.B * call.T)
-    _role(call, "o", q, k, v, out=parts, S_out=S, normalizer=(n, low, None, z, None, floor))
-    return _fold(parts, call.H, v.dtype), n, S, z
+    n = new(call.H, call.B * call.T)
+    if call.splits > 1:
+        (start, starts), (S, z) = _split_states(call, "o", k, v, heads, None, False, 1.0, 1.0, (None, None))
+        _role(call, "o", q, k, v, out=parts, splits=call.splits, S_in=start, normalizer=(n, low, starts, None, None, floor))
+    else:
+        S, z = new(call.N, heads, call.K, call.V), new(call.N, heads, call.K)
+        start, starts = new(0), new(0)
+        _role(call, "o", q, k, v, out=parts, S_out=S, normalizer=(n, low, None, z, None, floor))
+    return _fold(parts, call.H, v.dtype), n, S, z, start, starts

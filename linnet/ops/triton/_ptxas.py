@@ -4,7 +4,7 @@ A tile in shared memory that tensor cores read is described by 64 bits: its addr
 Triton forms the descriptors of a tile's parts by 64-bit additions of a constant to the address. Now and then, where the address
 was computed far above, this ptxas adds to another register: the product reads foreign memory, and nothing says so. Here the
 additions become 32-bit ones of the low word beside a constant high word, which says the same and costs nothing.
-tests/triton/descriptors.py finds the defect in compiled kernels.
+tests/triton/machine_code.py finds the defect in compiled kernels.
 """
 
 from __future__ import annotations

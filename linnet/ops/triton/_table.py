@@ -109,6 +109,7 @@ TABLE = {"sm90": {"none": NONE, "scalar": SCALAR, "channel": CHANNEL}}
 DEFAULT_ARCHITECTURE = "sm90"
 
 
+NARROW_SWEEP = dict(BZ=64, warps=4, stages=3)  # o and dv of heads up to 64 channels: eight warps would share 64 columns
 NARROW = {16: 1, 32: 2}  # channels up to which a tile of fp32 has fewer warps: four would all form its factors and addresses
 
 
@@ -127,6 +128,8 @@ def tile(architecture: str, kind: str, role: str, element_size: int, width: int)
         chosen = narrow(FP32[kind], width)
     else:
         chosen = TABLE.get(architecture, TABLE[DEFAULT_ARCHITECTURE])[kind][role]
+        if width <= 64 and kind in ("none", "scalar") and role in ("o", "dv"):
+            chosen = replace(chosen, **NARROW_SWEEP)
     older = int(architecture.removeprefix("sm")) < 90  # sm100 is newer
     return replace(chosen, descriptors=False, stages=min(chosen.stages, 2)) if older else chosen
 

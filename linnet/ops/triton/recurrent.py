@@ -121,8 +121,11 @@ refuse_double_backward(linear_backward_op)
 def normalized_op(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, gain: Tensor | None, low: Tensor, cu_seqlens: Tensor | None,
     scale: float, heads: int, floor: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """h = o / max(|n|, low), or o / (n + low) without `floor`; n [H, B*T]; the final state S, z. low is not differentiated."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """h = o / max(|n|, low), or o / (n + low) without `floor`; n [H, B*T]; the final state S, z; both where time is split.
+
+    low is not differentiated.
+    """
     return _kernels().normalized(q, k, v, g, gain, low, cu_seqlens, scale, heads, floor)
 
 
@@ -131,26 +134,28 @@ def _(q, k, v, g, gain, low, cu_seqlens, scale, heads, floor):
     B, T, Hq, K = q.shape
     new = lambda *shape: q.new_empty(shape, dtype=torch.float32)
     rows, V, H = _rows(q, cu_seqlens), v.shape[3], max(Hq, heads)
-    return v.new_empty(B, T, H, V), new(H, B * T), new(rows, heads, K, V), new(rows, heads, K)
+    splits = Call(q, v, g, cu_seqlens, scale, False, heads, None).splits
+    starts = (new(rows * splits, heads, K, V), new(rows * splits, heads, K)) if splits > 1 else (new(0), new(0))
+    return v.new_empty(B, T, H, V), new(H, B * T), new(rows, heads, K, V), new(rows, heads, K), *starts
 
 
 @torch.library.custom_op("linnet::triton_normalized_attention_backward", mutates_args=())
 def normalized_backward_op(
-    dh: Tensor, dn: Tensor | None, dS: Tensor | None, dz: Tensor | None, h: Tensor, n: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    g: Tensor | None, gain: Tensor | None, low: Tensor, cu_seqlens: Tensor | None, scale: float, heads: int, floor: bool,
-    need_dg: bool,
+    dh: Tensor, dn: Tensor | None, dS: Tensor | None, dz: Tensor | None, h: Tensor, n: Tensor, start: Tensor, starts: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, gain: Tensor | None, low: Tensor, cu_seqlens: Tensor | None, scale: float,
+    heads: int, floor: bool, need_dg: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     contiguous = lambda x: None if x is None else x.contiguous()
-    divided = (h, n, low, contiguous(dn), contiguous(dz), floor)
+    divided = (h, n, low, starts, contiguous(dn), contiguous(dz), floor)
     dq, dk, dv, dg, _, dgain = _kernels().backward(
-        dh, dS, None, q, k, v, g, None, cu_seqlens, scale, False, heads, None, need_dg, gain, divided
+        dh, dS, start, q, k, v, g, None, cu_seqlens, scale, False, heads, None, need_dg, gain, divided
     )
     none = q.new_empty(0, dtype=torch.float32)
     return dq, dk, dv, none if dg is None else dg, torch.empty_like(none) if dgain is None else dgain
 
 
 @normalized_backward_op.register_fake
-def _(dh, dn, dS, dz, h, n, q, k, v, g, gain, low, cu_seqlens, scale, heads, floor, need_dg):
+def _(dh, dn, dS, dz, h, n, start, starts, q, k, v, g, gain, low, cu_seqlens, scale, heads, floor, need_dg):
     new = lambda x, dtype: torch.empty(x.shape, dtype=dtype, device=x.device)
     gate = lambda x, needed: new(x, torch.float32) if x is not None and needed else q.new_empty(0, dtype=torch.float32)
     return new(q, q.dtype), new(k, k.dtype), new(v, v.dtype), gate(g, need_dg or gain is not None), gate(gain, True)
@@ -158,15 +163,16 @@ def _(dh, dn, dS, dz, h, n, q, k, v, g, gain, low, cu_seqlens, scale, heads, flo
 
 def _normalized_setup(ctx, inputs, output):
     q, k, v, g, gain, low, cu_seqlens, *ctx.options = inputs
-    ctx.save_for_backward(output[0], output[1], q, k, v, g, gain, low, cu_seqlens)
+    ctx.save_for_backward(*output[:2], *output[4:], q, k, v, g, gain, low, cu_seqlens)
     ctx.set_materialize_grads(False)
 
 
-def _normalized_backward(ctx, dh, dn, dS, dz):
-    h, n, q, k, v, g, gain, low, cu_seqlens = ctx.saved_tensors
+def _normalized_backward(ctx, dh, dn, dS, dz, *_):
+    *saved, q, k, v, g, gain, low, cu_seqlens = ctx.saved_tensors
     need_dg = g is not None and ctx.needs_input_grad[3]
-    dh = torch.zeros_like(h) if dh is None else dh
-    dq, dk, dv, dg, dgain = normalized_backward_op(dh, dn, dS, dz, h, n, q, k, v, g, gain, low, cu_seqlens, *ctx.options, need_dg)
+    dh = torch.zeros_like(saved[0]) if dh is None else dh
+    operands = (*saved, q, k, v, g, gain, low, cu_seqlens)
+    dq, dk, dv, dg, dgain = normalized_backward_op(dh, dn, dS, dz, *operands, *ctx.options, need_dg)
     return dq, dk, dv, dg.to(g.dtype) if need_dg else None, None if gain is None else dgain.to(gain.dtype), *[None] * 5
 
 
@@ -195,11 +201,11 @@ def normalized_core(q, k, v, g, gain, least, cu_seqlens, scale, heads, floor):
     """The fused normalizer of linnet/ops/_algebra.py; None where these kernels do not have it."""
     if (g is not None and g.shape[3] > 1) or max(q.shape[3], v.shape[3]) > 128 or single_token(q, cu_seqlens, k, v, g, None):
         return None
-    if not q.dtype == k.dtype == v.dtype or Call(q, v, g, cu_seqlens, scale, False, heads, None).splits > 1:
+    if not q.dtype == k.dtype == v.dtype:
         return None
     B, T, H = q.shape[0], q.shape[1], max(q.shape[2], heads)
     low = least.expand(B, T, 1 if g is None else g.shape[2]).permute(2, 0, 1).flatten(1).contiguous()
-    h, n, S, z = normalized_op(q, k, v, g, gain, low, cu_seqlens, scale, heads, floor)
+    h, n, S, z, *_ = normalized_op(q, k, v, g, gain, low, cu_seqlens, scale, heads, floor)
     return h, n.view(H, B, T).permute(1, 2, 0), S, z
 
 
