@@ -249,9 +249,10 @@ def test_chosen_without_being_named():
     assert ops.choose("linear_attention", {**x, "scale": 1.0}) == "triton"
 
 
-def test_narrow_fp32_heads_have_fewer_warps():
-    """Four warps of a tile of 16 channels would all form the same factors; 16-bit tiles stay as they were measured."""
+def test_narrow_heads_have_fewer_warps():
+    """Four warps of a tile of 16 channels would all form the same factors; eight of 64 columns in 16 bit would share them."""
     assert [_table.tile("sm90", "scalar", "o", 4, width).warps for width in (8, 16, 24, 32, 64)] == [1, 1, 2, 2, 4]
     assert [_table.delta_tile("sm90", "scalar", "forward", 4, width).warps for width in (16, 32, 64)] == [1, 2, 4]
     assert [_table.dplr_tile("sm90", "cut", "forward", 4, width).warps for width in (16, 32, 64)] == [1, 2, 4]
-    assert _table.tile("sm90", "scalar", "o", 2, 16) == _table.tile("sm90", "scalar", "o", 2, 128)
+    assert [_table.tile("sm90", "scalar", "o", 2, width).warps for width in (16, 64, 65, 128)] == [4, 4, 8, 8]
+    assert [_table.tile("sm90", "scalar", "dq", 2, width).warps for width in (16, 64, 65, 128)] == [4, 4, 4, 4]

@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from linnet.ops.triton import _table
 from linnet.ops.triton._kernel_channel import far_kernel, finish_kernel, keys_role, prepare_kernel, queries_role
 from linnet.ops.triton._plan import Call, rows_of
+from linnet.ops.triton._together import launch
 
 SCAN = 64  # tiles whose flags a program of `far_kernel` reads at once
 
@@ -59,7 +60,7 @@ def prepared(call: Call, q: Tensor, k: Tensor) -> Ready:
     # chunks that no row owns stay near
     near = torch.ones(chunks, H, NK, dtype=torch.int32, device=q.device) if call.far else None
     pairs = new(chunks, H, NK, C, C, dtype=dtype) if call.far else None
-    prepare_kernel[(chunks * H * NK,)](
+    launch(prepare_kernel, (chunks * H * NK,))(
         q, k, g, qs, ks, dec, near, call.cu, call.T, call.N, stride(q), stride(k), stride(g), call.floor, H, heads(q), heads(k),
         heads(g), K, NK, BK=BK, C=C, EXCL=call.exclusive, FAR=call.far, ROWS=ragged(call), COL=K % BK != 0, PACKED=packed,
         maxnreg=_table.CHANNEL_REGISTERS["prepare"], num_warps=warps(BK),
@@ -81,7 +82,7 @@ def far(call: Call, ready: Ready, q: Tensor, k: Tensor, v: Tensor | None = None,
     v, do = (None if a is None else rows_of(a) for a in (v, do))
     count = ready.near.numel() // NF * NK
     each = min(SCAN, max(1, triton.cdiv(count, 4 * call.processors)))
-    far_kernel[(triton.cdiv(count, each),)](
+    launch(far_kernel, (triton.cdiv(count, each),))(
         q, k, v, do, g, ready.near, ready.pairs, *own, call.cu, call.T, call.B * call.T, call.N, stride(q), stride(k), stride(v),
         stride(do), stride(g), call.floor, call.scale, call.H, heads(q), heads(k), heads(v), heads(g), K, V, NK,
         triton.cdiv(V, BV), NF, count, each, BK=BK, BV=BV, C=C, EXCL=call.exclusive, GRAD=do is not None,
@@ -130,7 +131,7 @@ def keys(
     store = desc and t.store and out is not None and not rows and out.dtype != torch.float32
     target = TensorDescriptor(out, [out.shape[0] * call.B * call.T, H * Z], [H * Z, 1], [C, BZ]) if store else out
     state = desc and S_out is not None
-    keys_role[(call.N * splits * H * ND * NZ,)](
+    launch(keys_role, (call.N * splits * H * ND * NZ,))(
         wrap(ready.qs, BD), wrap(ready.ks, BD), wrap(z, BZ), ready.dec, ready.near, ready.pairs, target, S_in,
         states(S_out, Z, BD, BZ) if state else S_out, total, call.cu, call.T, call.B * call.T, stride(z), call.scale, scale_in,
         scale_out, H, call.H, z.shape[2], 1 if S_in is None else S_in.shape[1], H if S_out is None else S_out.shape[1], D, Z, ND,
@@ -157,7 +158,7 @@ def queries(
     target = TensorDescriptor(out, [out.shape[0] * call.B * call.T, H * Z], [H * Z, 1], [C, BZ]) if store else out
     kept = desc and blocks is not None
     fewer = rows or call.block == C  # a state for every chunk is one more tile to fetch ahead
-    queries_role[(call.N * splits * H * ND * NZ,)](
+    launch(queries_role, (call.N * splits * H * ND * NZ,))(
         wrap(x, BD), wrap(y, BD), wrap(zs, BZ), wrap(ready.ks, BZ), ready.dec, ready.near, target, ends, S_in,
         states(blocks, D, BZ, BD) if kept else blocks, call.cu, call.T, call.B * call.T, stride(x), stride(y), call.scale, scale_in,
         H, heads(x), heads(y), 1 if S_in is None else S_in.shape[1], D, Z, ND, NZ, splits, BD=BD, BZ=BZ, C=C, M=call.block // C,
@@ -183,7 +184,7 @@ def gradients(call: Call, ready: Ready, do: Tensor, q: Tensor, k: Tensor, v: Ten
     queries(call, ready, "dq", do, v, X, splits=splits, S_in=S_in, blocks=blocks)
     queries(call, ready, "dk", v, do, Y, **into, blocks=blocks, ends=ends)
     for of_far in (False, True)[: 1 + call.far]:  # each takes the blocks that it is for
-        finish_kernel[(NB * H * NK,)](
+        launch(finish_kernel, (NB * H * NK,))(
             ready.qs, ready.ks, call.g, ready.near, X, Y, ends, dq, dk, dg, call.cu, T, B * T, call.N, stride(call.g), call.floor,
             H, heads(call.g), K, NK, ND, BK=BK, C=C, M=call.block // C, EXCL=call.exclusive, FAR=of_far, CHOOSE=call.far, GATE=gate,
             ROWS=ragged(call), COL=K % BK != 0, PACKED=call.cu is not None, maxnreg=_table.CHANNEL_REGISTERS["finish"],

@@ -18,6 +18,7 @@ from linnet.ops.triton._kernel_delta_vector import gradients_vector, prepare_vec
 from linnet.ops.triton._kernel_scalar import gate_kernel
 from linnet.ops.triton._linear import _fold
 from linnet.ops.triton._plan import WIDEST, DeltaCall, rows_of
+from linnet.ops.triton._together import launch, together
 
 INVERSE_TYPES = {"float16": tl.float16, "bfloat16": tl.bfloat16, "float32": tl.float32}
 
@@ -75,7 +76,7 @@ def prepare(call: DeltaCall, q, k, p, g, erase, write) -> Prepared:
         decayed = [new(call.B, call.T, H, K, dtype=q.dtype) for _ in range(3)]
         carry = new(NB, H, K, dtype=torch.float32)
         kernel, own = (prepare_frame, {}) if call.framed else (prepare_vector, call.levels)
-        kernel[(NB * H,)](
+        launch(kernel, (NB * H,))(
             *operands, inverse, pairs, *decayed, factors, carry, call.cu, call.T, tokens, call.N, *strides, call.scale, call.floor,
             H, *sharing, K, triton.cdiv(K, BD), DT=call.triton_dtype(tl), **own, **shared,
         )  # fmt: skip
@@ -84,7 +85,7 @@ def prepare(call: DeltaCall, q, k, p, g, erase, write) -> Prepared:
     desc = t.descriptors and K % BD == 0 and _aligned(q, k, p)
     tiles = tuple(_wrapped(x, C, BD) if desc and x is not None else x for x in (q, k, p))
     matrices = tuple(TensorDescriptor(x, [x.numel() // C, C], [C, 1], [C, C]) if desc else x for x in (inverse, pairs))
-    prepare_scalar[(NB * H,)](
+    launch(prepare_scalar, (NB * H,))(
         *tiles, g, erase, write, *matrices, factors, carry, call.cu, call.T, tokens, call.N, NB, *strides, call.scale, H,
         *sharing, K, triton.cdiv(K, BD), DECAY=g is not None, DESC=desc, **shared,
     )  # fmt: skip
@@ -153,7 +154,7 @@ def _forward(
     gate = write if _gate_kind(write) == 2 else None
     run = _Launch(call, "forward", prepared, q, e, p, u, V, gate)
     H_in, H_out = (1 if S is None else S.shape[1] for S in (S_in, S_out))
-    forward_sweep[(call.N * splits * call.H * run.NV,)](
+    launch(forward_sweep, (call.N * splits * call.H * run.NV,))(
         *run.inputs, run.gate, *run.matrices, prepared.factors, prepared.carry, run.target(o, call.C), run.target(x, call.C),
         run.states(states, call.K), S_in, S_out, call.cu, call.T, call.B * call.T, call.chunks, *run.strides, _stride(gate), call.H,
         *run.heads, _heads(gate), H_in, H_out, call.K, V, run.NV, splits, SAME=same, WRITE=_gate_kind(write),
@@ -168,7 +169,7 @@ def _backward(
     (q, e, p), same = _operands(call, prepared, q, k, p)
     run = _Launch(call, "backward", prepared, q, e, p, do, call.V)
     R_heads = 1 if R_in is None else R_in.shape[1]
-    backward_sweep[(call.N * splits * call.H * run.NV,)](
+    launch(backward_sweep, (call.N * splits * call.H * run.NV,))(
         *run.inputs, *run.matrices, prepared.factors, prepared.carry, run.target(y, call.C), run.states(states, call.K), R_in,
         R_out, call.cu, call.T, call.B * call.T, call.chunks, *run.strides, call.H, *run.heads[:3], R_heads,
         call.K, call.V, run.NV, splits, SAME=same, KEEP=y is not None, HAS_IN=R_in is not None, FIRST=first, **run.shared,
@@ -203,6 +204,15 @@ def _spread(S: Tensor | None, H: int, first: bool) -> Tensor | None:
     return wide.flatten(1, 2)
 
 
+def _backward_of(result, q, k, p, v, erase, write, g, S0, cu, *options):
+    *options, save = options
+    if save:
+        backward.__wrapped__(
+            torch.empty_like(result[0]), None, *result[2:], q, k, p, v, erase, write, g, cu, *options, g is not None
+        )
+
+
+@together(_backward_of)
 def forward(q, k, p, v, erase, write, g, S0, cu, scale: float, before: bool, exclusive: bool, heads: int, bound, save: bool):
     """o, final state; for the backward X, states, split maps and starts, and everything prepared (empty unless `save`)."""
     call = DeltaCall(q, k, p, v, g, cu, scale, before, exclusive, heads, bound)
@@ -230,6 +240,7 @@ def forward(q, k, p, v, erase, write, g, S0, cu, scale: float, before: bool, exc
     return o, S, x, states, maps, list(prepared)
 
 
+@together()
 def backward(
     do, dS, x, states, maps, prepared, q, k, p, v, erase, write, g, cu, scale: float, before: bool, exclusive: bool, heads: int,
     bound, need_dg: bool
@@ -295,7 +306,7 @@ def backward(
             kernels = (gradients_frame,)
             _of_channels(call, prepared, q, p, x, y, do, g, erase, states, adjoints, dq, dp, dg, derase, ND, gate)
         for kernel in kernels:
-            kernel[(NB * H * ND,)](
+            launch(kernel, (NB * H * ND,))(
                 *inputs, g_tiles, prepared.carry, erase_tiles, *kept, *results[:3], derase_tiles, results[3], cu, T, B * T, call.N,
                 *strides, _stride(g), _stride(erase), scale, call.floor, H, *sharing(q, k, p, g, erase), K, V, ND,
                 GATE=gate, DESC=desc, STORE=store, DT=call.triton_dtype(tl), **own, **shared,
@@ -303,7 +314,7 @@ def backward(
     elif fast:
         dg = _of_chunks(call, prepared, q, p, x, y, do, erase, states, adjoints, dq, dp, derase, gate)
     else:
-        gradients_scalar[(NB * H * ND,)](
+        launch(gradients_scalar, (NB * H * ND,))(
             *inputs, prepared.factors, prepared.carry, erase, *kept, *results, derase, dg, cu, T, B * T, call.N, NB, *strides,
             _stride(erase), scale, H, *sharing(q, k, p, erase), K, V, ND, DECAY=g is not None, DESC=desc,
             STORE=store, **shared,
@@ -311,7 +322,7 @@ def backward(
     values = y[None]
     if write is not None:
         values = new(1, B, T, H, V, dtype=dtype if v.shape[2] == H else torch.float32)
-        value_gradients[(triton.cdiv(B * T, 32) * H,)](
+        launch(value_gradients, (triton.cdiv(B * T, 32) * H,))(
             v, y, write, prepared.factors, values, dwrite, B * T, _stride(v), _stride(write), H, *sharing(v, write), V,
             triton.cdiv(V, 128), CHANNELS=_gate_kind(write) == 2, ROWS=32, BV=_width(V, 128), num_warps=4,
         )  # fmt: skip
@@ -352,7 +363,7 @@ def _of_channels(
     C, H, D = call.C, call.H, call.K // ND
     tiles = [_hopper.of_tokens(a, C, D) for a in (q, p)] + [_hopper.of_tokens(a, C, C) for a in (x, y, do)]
     tiles += [_hopper.of_states(a, C, D) for a in (states, adjoints)] + [_hopper.of_tokens(a[0], C, D) for a in (dq, dp)]
-    _hopper.kernel("channel_hopper")[(call.chunks * H,)](
+    launch(_hopper.kernel("channel_hopper"), (call.chunks * H,))(
         *tiles, g, prepared.carry, erase, dg, derase, call.B * call.T, _stride(g), _stride(erase), call.scale, call.floor, H,
         *_sharing(H, q, p, g, erase), C=C, D=D, ND=ND, GATE=gate, ERASE=_gate_kind(erase), num_warps=4,
     )  # fmt: skip
@@ -367,12 +378,14 @@ def _of_chunks(call: DeltaCall, prepared: Prepared, q, p, x, y, do, erase, state
     tiles = [_hopper.of_tokens(a, C, K) for a in (q, p, x, y, do)]
     tiles += [_hopper.of_states(a, rows, K) for a, rows in ((states, K), (states, C), (adjoints, K))]
     tiles += [_hopper.of_tokens(a[0], C, K) for a in (dq, dp)]
-    _hopper.kernel("delta_hopper")[(call.chunks * H,)](
+    launch(_hopper.kernel("delta_hopper"), (call.chunks * H,))(
         *tiles, prepared.factors, prepared.carry, erase, query, key, products, derase, B * T, _stride(erase), call.scale, H,
         *_sharing(H, q, p, erase), C=C, D=K, DECAY=decay, ERASE=erase is not None, num_warps=4,
     )  # fmt: skip
     if not gate:
         return None
     dg = new(1, B, T, H, 1)
-    gate_kernel[(call.chunks, H)](query, key, products, dg, None, None, T, B * T, call.N, H, H, 1, 1, C, 1, C, False, False, False)
+    launch(gate_kernel, (call.chunks, H))(
+        query, key, products, dg, None, None, T, B * T, call.N, H, H, 1, 1, C, 1, C, False, False, False
+    )
     return dg

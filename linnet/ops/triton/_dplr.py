@@ -15,6 +15,7 @@ from linnet.ops.triton._delta import INVERSE_TYPES, _aligned, _join, _sharing, _
 from linnet.ops.triton._kernel_dplr import fold, gradients, prepare, solved, sweep
 from linnet.ops.triton._linear import _fold
 from linnet.ops.triton._plan import WIDEST, DplrCall, rows_of
+from linnet.ops.triton._together import launch, together
 
 
 class Prepared(NamedTuple):
@@ -46,16 +47,16 @@ def prepared(call: DplrCall, q, k, a, b, g) -> Prepared:
     )  # fmt: skip
     matrices, BN = (ready.solve_pairs, ready.back_pairs, ready.inverse), _width(K, 64)
 
-    def launch(kernel, part: str, tensors, **options):
+    def run(kernel, part: str, tensors, **options):
         t = call.tile(part)
         BD = _width(K, t.BD)
-        kernel[(NB * H,)](
+        launch(kernel, (NB * H,))(
             *operands, *tensors, *numbers, triton.cdiv(K, BD), BD=BD, ROWS=call.ragged, COL=K % max(BD, BN) != 0, num_stages=1,
             num_warps=t.warps, maxnreg=t.registers, **_decays(call), **options,
         )  # fmt: skip
 
-    launch(prepare, "prepare", (ready.pairs, *matrices, ready.carry), INV=INVERSE_TYPES[call.tile("prepare").inverse])
-    launch(fold, "fold", (*matrices, ready.read, ready.write, ready.transfer, ready.solve, ready.back), BN=BN)
+    run(prepare, "prepare", (ready.pairs, *matrices, ready.carry), INV=INVERSE_TYPES[call.tile("prepare").inverse])
+    run(fold, "fold", (*matrices, ready.read, ready.write, ready.transfer, ready.solve, ready.back), BN=BN)
     return ready
 
 
@@ -92,7 +93,7 @@ def swept(
         states = None if states is None else _matrices(states, BV, K)
     if store and out is not None:
         out = _wrapped(out, C, BV)
-    sweep[(call.N * splits * H * NV,)](
+    launch(sweep, (call.N * splits * H * NV,))(
         read, write, values, transfer, pairs, ready.carry, out, states, S_in, S_out, call.cu, call.T, stride, H, heads,
         1 if S_in is None else S_in.shape[1], S_out.shape[1], K, V, NV, splits, BD=BD, BV=BV, C=C, STAGES=t.stages, REV=reverse,
         VALUES=values is not None, KEEP=states is not None, OUT=out is not None, DESC=desc, STORE=store, ROWS=call.ragged,
@@ -114,7 +115,7 @@ def solutions(call: DplrCall, ready: Prepared, v, do, states, adjoints) -> tuple
         v, do, *rows = _wrapped(v, C, BV), _wrapped(do, C, BV), *(_wrapped(y, C, BD) for y in rows)
         matrices = [_matrices(y, C, C) for y in matrices]
         states, adjoints = _matrices(states, BV, K), _matrices(adjoints, BV, K)
-    solved[(call.chunks * H,)](
+    launch(solved, (call.chunks * H,))(
         v, do, *rows, *matrices, states, adjoints, r, x, products, call.cu, call.T, call.N, call.chunks, *strides, call.scale, H,
         heads, K, V, triton.cdiv(V, BV), BD=BD, BV=BV, C=C, DESC=desc, ROWS=call.ragged, COL_D=K != BD, COL_V=V % BV != 0,
         PACKED=call.cu is not None, IP=call.precision, num_warps=t.warps, num_stages=t.stages, maxnreg=t.registers,
@@ -122,6 +123,13 @@ def solutions(call: DplrCall, ready: Prepared, v, do, states, adjoints) -> tuple
     return r, x, products
 
 
+def _backward_of(result, q, k, a, b, v, g, S0, cu, *options):
+    *options, save = options
+    if save:
+        backward.__wrapped__(torch.empty_like(result[0]), None, *result[2:], q, k, a, b, v, g, cu, *options, g is not None)
+
+
+@together(_backward_of)
 def forward(q, k, a, b, v, g, S0, cu, scale: float, heads: int, bound, save: bool):
     """o, final state; for the backward the states at chunk starts, the maps of splits, what was prepared (empty unless `save`)."""
     call = DplrCall(q, k, v, g, cu, scale, heads, bound)
@@ -148,6 +156,7 @@ def forward(q, k, a, b, v, g, S0, cu, scale: float, heads: int, bound, save: boo
     return o, S, states, maps, list(ready)
 
 
+@together()
 def backward(do, dS, states, maps, ready, q, k, a, b, v, g, cu, scale: float, heads: int, bound, need_dg: bool):
     """Gradients of q, k, a, b, v, g (None where there is none) and of the initial state."""
     call = DplrCall(q, k, v, g, cu, scale, heads, bound)
@@ -199,7 +208,7 @@ def _gradients(call: DplrCall, q, k, a, b, v, r, do, x, g, products, carry, stat
         products = _matrices(products, C, C)
     if store:
         results = [None if y is None else _wrapped(y[0], C, BD) for y in results]
-    gradients[(call.chunks * H * ND,)](
+    launch(gradients, (call.chunks * H * ND,))(
         *keys, *values, g, products, carry, *kept, *results, call.cu, call.T, call.N, call.chunks, *strides, call.scale,
         call.floor, 0.0, *heads, K, V, ND, BD=BD, BV=BV, GATE=gate, DESC=desc, STORE=store, ROWS=call.ragged, COL_D=K % BD != 0,
         COL_V=V != BV, num_warps=t.warps, num_stages=t.stages, maxnreg=t.registers, **_decays(call),

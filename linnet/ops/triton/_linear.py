@@ -21,6 +21,7 @@ from linnet.ops.triton._kernel_scalar import (
 )
 from linnet.ops.triton._kernel_vector import pairs_kernel, vector_role
 from linnet.ops.triton._plan import Call, rows_of
+from linnet.ops.triton._together import launch, together
 
 
 def _role(
@@ -93,7 +94,7 @@ def _role(
     grid = (call.N * splits * H * ND * NZ,)
     if vector:
         pairs = _pairs(call, *((x, y) if role == "o" else (y, x))) if key_side and x is not None and not call.frame else None
-        vector_role[grid](
+        launch(vector_role, grid)(
             *operands, g, pairs, target, other, inter, dg, S_in, S_target, blocks, total, call.cu, *sizes, stride_g,
             *scales, call.floor, *counts,
             FRAME=call.frame > 0, SIDE_KEY=key_side, GATE=0 if inter is None else 2 if role == "dk" else 1,
@@ -108,7 +109,7 @@ def _role(
         if G_desc:
             sums = (G, P, K_sum)
             G, P, K_sum = (None if a is None else TensorDescriptor(a, list(a.shape), [a.shape[1], 1], [1, C]) for a in sums)
-        scalar_role[grid](
+        launch(scalar_role, grid)(
             *operands, G, P, C_sum, K_sum, target, other, total if x is None else weights, S_in, S_target, blocks, products,
             *column, call.cu, call.T, call.B * call.T, G_width, call.block_count() * M, *strides, *scales, *counts,
             TR=t.transposed and (x is None or not normalizer),  # the sums over keys are rows then: no change of layout
@@ -129,7 +130,7 @@ def _sums(call: Call) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         total = torch.empty(Hg, chunks, dtype=torch.float64 if fp32 else torch.float32, device=call.g.device)
         call.sums = (new(), new() if call.exclusive else None, total, None if call.gain is None else new())
         stride_gain = 0 if call.gain is None else call.gain.stride(1)
-        sums_kernel[(call.block_count(), Hg)](
+        launch(sums_kernel, (call.block_count(), Hg))(
             call.g, call.gain, *call.sums, call.cu, call.T, width, call.N, call.g.stride(1), stride_gain, chunks, C,
             call.block // C, call.exclusive, call.cu is not None, fp32, call.gain is not None,
         )  # fmt: skip
@@ -144,7 +145,7 @@ def _pairs(call: Call, q: Tensor, k: Tensor) -> Tensor:
         BD = max(16, min(triton.next_power_of_2(call.K), t.BD))
         call.pairs = torch.empty(chunks, call.H, t.C, t.C, dtype=torch.float32, device=q.device)
         q, k, g = rows_of(q), rows_of(k), call.g
-        pairs_kernel[(chunks * call.H,)](
+        launch(pairs_kernel, (chunks * call.H,))(
             q, k, g, call.pairs, call.cu, call.T, call.N, q.stride(1), k.stride(1), g.stride(1), call.H, q.shape[2], k.shape[2],
             g.shape[2], call.K, triton.cdiv(call.K, BD), BD=BD, C=t.C, EXCL=call.exclusive,
             ROWS=call.cu is not None or call.T % t.C != 0, COL_D=call.K % BD != 0, PACKED=call.cu is not None,
@@ -192,7 +193,7 @@ def _split_states(
 
     def join(local: Tensor, S_in: Tensor | None, start: Tensor, final: Tensor, V: int):
         BK, BV = 16, 64 if V > 1 else 1
-        join_kernel[(triton.cdiv(V, BV), call.N * heads, triton.cdiv(K, BK))](
+        launch(join_kernel, (triton.cdiv(V, BV), call.N * heads, triton.cdiv(K, BK)))(
             local, total, S_in, start, final, NS, heads, heads, 1 if S_in is None else S_in.shape[1], K, V, scale_in, scale_out,
             groups, BK, BV, REV=role == "dv", DECAY=call.kind != "none", HAS_IN=S_in is not None, FIRST=first,
         )  # fmt: skip
@@ -204,6 +205,7 @@ def _split_states(
     return (start, column[1]), (final, column[2])
 
 
+@together(lambda result, *args: backward.__wrapped__(torch.empty_like(result[0]), None, result[2], *args, args[3] is not None))
 def forward(q, k, v, g, S0, cu, scale: float, exclusive: bool, heads: int, bound: float | None):
     """o [B, T, H, V], final state [N, heads, K, V] and the states at the starts of the splits (empty without splits)."""
     call = Call(q, v, g, cu, scale, exclusive, heads, bound)
@@ -221,6 +223,7 @@ def forward(q, k, v, g, S0, cu, scale: float, exclusive: bool, heads: int, bound
     return _fold(parts, call.H, v.dtype), S, start
 
 
+@together()
 def backward(
     do, dS, start, q, k, v, g, S0, cu, scale: float, exclusive: bool, heads: int, bound: float | None, need_dg: bool, gain=None,
     divided=None,
@@ -297,7 +300,7 @@ def _gates(call: Call, query: Tensor, key: Tensor, products: Tensor, length: int
     g, gained, M = call.g, call.gain is not None, call.block // length
     dg = torch.empty(call.B, call.T, g.shape[2], 1, dtype=torch.float32, device=query.device)
     dgain = torch.empty_like(dg) if gained else None
-    gate_kernel[(call.block_count() * M, g.shape[2])](
+    launch(gate_kernel, (call.block_count() * M, g.shape[2]))(
         query, key, products, dg, dgain, call.cu, call.T, call.B * call.T, call.N, call.H, g.shape[2], query.shape[0], key.shape[1],
         length, M, call.chunk("dk"), call.exclusive, call.cu is not None, gained,
     )  # fmt: skip
@@ -342,14 +345,14 @@ def _of_chunks(call: Call, do: Tensor, q: Tensor, k: Tensor, v: Tensor, of_keys:
     if fast:
         tiles = [_hopper.of_tokens(a, C, K) for a in (q, k, v, do)]
         tiles += [_hopper.of_states(a, rows, V) for a, rows in ((S, K), (S, C), (R, K))]
-        _hopper.kernel("gradients_hopper")[(chunks * H,)](
+        launch(_hopper.kernel("gradients_hopper"), (chunks * H,))(
             *tiles, *(_hopper.of_tokens(a[0], C, K) for a in (dq, dk, dv)), P if call.exclusive else G, G, C_sum, K_sum, query, key,
             products, dn, s, r, B * T, G_width, call.scale, *counts, D=K, EXCL=call.exclusive, ONES=dn is not None,
             num_warps=t.warps, **shared,
         )  # fmt: skip
     else:
         BK, BV = (max(16, triton.next_power_of_2(n)) for n in (K, V))
-        gradients_kernel[(chunks * H,)](
+        launch(gradients_kernel, (chunks * H,))(
             q, k, v, do, G, C_sum, K_sum, S, R, dq, dk, dv, query, key, products, dn, s, r, call.cu, T, B * T, G_width, call.N,
             q.stride(1), k.stride(1), v.stride(1), do.stride(1), call.scale, *counts, K, V, BK=BK, BV=BV,
             M=M, ROWS=call.cu is not None or T % C != 0, COLUMNS=K != BK or V != BV, PACKED=call.cu is not None,
@@ -364,7 +367,7 @@ def _undivided(call: Call, dh: Tensor, h: Tensor, n: Tensor, low: Tensor, dn: Te
     dh = rows_of(dh)
     do, out = torch.empty_like(h), torch.empty_like(n)
     tokens, BV, R = call.B * call.T, triton.next_power_of_2(call.V), 16
-    undivided_kernel[(triton.cdiv(tokens, R), call.H)](
+    launch(undivided_kernel, (triton.cdiv(tokens, R), call.H))(
         dh, h, n, low, dn, do, out, tokens, dh.stride(1), call.V, low.shape[0], call.H, floor, dn is not None, R, BV
     )
     return do, out
@@ -379,10 +382,18 @@ def running_maximum(g: Tensor | None, i: Tensor, cu: Tensor | None) -> tuple[Ten
     stride, Hg = (0, 1) if g is None else (g.stride(1), g.shape[2])
     rows = B if cu is None else cu.shape[0] - 1
     C, warps = (2048, 8) if T > 2048 else (512, 4)
-    maximum_kernel[(rows * H,)](g, i, m, previous, cu, T, stride, H, Hg, g is not None, cu is not None, C, num_warps=warps)
+    launch(maximum_kernel, (rows * H,))(g, i, m, previous, cu, T, stride, H, Hg, g is not None, cu is not None, C, num_warps=warps)
     return m, previous
 
 
+def _backward_of_normalized(result, q, k, v, g, gain, low, cu, scale: float, heads: int, floor: bool):
+    h, n, _, _, start, starts = result
+    divided = (h, n, low, starts, None, None, floor)
+    need_dg = g is not None
+    backward.__wrapped__(torch.empty_like(h), None, start, q, k, v, g, None, cu, scale, False, heads, None, need_dg, gain, divided)
+
+
+@together(_backward_of_normalized)
 def normalized(q, k, v, g, gain, low, cu, scale: float, heads: int, floor: bool):
     """h = o / max(|n|, low) or o / (n + low), n [H, B*T], the final state S, z, and both at the starts of the splits, if any."""
     call = Call(q, v, g, cu, scale, False, heads, None, gain)

@@ -68,6 +68,7 @@ class DeltaTile:
 
 
 SWEEP = DeltaTile(BV=128, warps=8)
+NARROW_SWEEP = DeltaTile(BV=64, warps=4)  # of heads up to 64 channels, which eight warps would have to share
 DELTA = {
     "scalar": {
         "prepare": DeltaTile(registers=128),
@@ -109,7 +110,6 @@ TABLE = {"sm90": {"none": NONE, "scalar": SCALAR, "channel": CHANNEL}}
 DEFAULT_ARCHITECTURE = "sm90"
 
 
-NARROW_SWEEP = dict(BZ=64, warps=4, stages=3)  # o and dv of heads up to 64 channels: eight warps would share 64 columns
 NARROW = {16: 1, 32: 2}  # channels up to which a tile of fp32 has fewer warps: four would all form its factors and addresses
 
 
@@ -129,7 +129,7 @@ def tile(architecture: str, kind: str, role: str, element_size: int, width: int)
     else:
         chosen = TABLE.get(architecture, TABLE[DEFAULT_ARCHITECTURE])[kind][role]
         if width <= 64 and kind in ("none", "scalar") and role in ("o", "dv"):
-            chosen = replace(chosen, **NARROW_SWEEP)
+            chosen = replace(chosen, BZ=64, warps=4, stages=3)  # eight warps would share 64 columns
     older = int(architecture.removeprefix("sm")) < 90  # sm100 is newer
     return replace(chosen, descriptors=False, stages=min(chosen.stages, 2)) if older else chosen
 
@@ -139,6 +139,7 @@ def delta_tile(architecture: str, kind: str, part: str, element_size: int, width
     if element_size == 4:
         return narrow(DELTA_FP32, width)
     chosen = DELTA_TABLE.get(architecture, DELTA_TABLE[DEFAULT_ARCHITECTURE])[128 if width <= 128 else 256][kind][part]
+    chosen = NARROW_SWEEP if chosen is SWEEP and width <= 64 else chosen
     return replace(chosen, descriptors=False) if int(architecture.removeprefix("sm")) < 90 else chosen
 
 
@@ -147,6 +148,7 @@ def dplr_tile(architecture: str, kind: str, part: str, element_size: int, width:
     if element_size == 4:
         return narrow(DELTA_FP32, width)
     chosen = DPLR_TABLE.get(architecture, DPLR_TABLE[DEFAULT_ARCHITECTURE])[kind][part]
+    chosen = NARROW_SWEEP if chosen is SWEEP and width <= 64 else chosen
     return replace(chosen, descriptors=False) if int(architecture.removeprefix("sm")) < 90 else chosen
 
 
