@@ -121,7 +121,7 @@ def measure(
         record: dict[str, Any] = {"by": name, "layer": layer, "device": device, "torch": torch.__version__, **vars(shape)}
         torch.manual_seed(0)
         try:
-            with _unlocked() if name == "fla" else contextlib.nullcontext():
+            with _peer(device) if name == "fla" else contextlib.nullcontext():
                 model = make(shape, layer)
                 record["parameters"] = sum(p.numel() for p in model.parameters())
                 record |= step_times(model, shape, device, steps, warm)
@@ -137,10 +137,14 @@ def measure(
         yield record
 
 
-def _unlocked() -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def _peer(device: str) -> Iterator[None]:
+    """fla with gradients of scalar gates where it refuses them, and with a shorter tuning of its kernels."""
+    from linnet.bench._gpu_measure import quick_tuning
     from linnet.bench._gpu_rows import fla_unlocked
 
-    return fla_unlocked()
+    with fla_unlocked(), quick_tuning(device):
+        yield
 
 
 def line(record: dict[str, Any]) -> str:

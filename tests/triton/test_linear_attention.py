@@ -251,8 +251,8 @@ def test_chosen_without_being_named():
 
 def test_narrow_heads_have_fewer_warps():
     """Four warps of a tile of 16 channels would all form the same factors; eight of 64 columns in 16 bit would share them."""
-    assert [_table.tile("sm90", "scalar", "o", 4, width).warps for width in (8, 16, 24, 32, 64)] == [1, 1, 2, 2, 4]
+    assert [_table.tile("sm90", "scalar", "o", 4, width, 8).warps for width in (8, 16, 24, 32, 64)] == [1, 1, 2, 2, 4]
     assert [_table.delta_tile("sm90", "scalar", "forward", 4, width).warps for width in (16, 32, 64)] == [1, 2, 4]
     assert [_table.dplr_tile("sm90", "cut", "forward", 4, width).warps for width in (16, 32, 64)] == [1, 2, 4]
-    assert [_table.tile("sm90", "scalar", "o", 2, width).warps for width in (16, 64, 65, 128)] == [4, 4, 8, 8]
-    assert [_table.tile("sm90", "scalar", "dq", 2, width).warps for width in (16, 64, 65, 128)] == [4, 4, 4, 4]
+    assert [_table.tile("sm90", "scalar", "o", 2, 128, V).warps for V in (16, 64, 65, 128)] == [4, 4, 8, 8]
+    assert [_table.tile("sm90", "scalar", "dq", 2, 128, V).warps for V in (16, 64, 65, 128)] == [4, 4, 4, 4]

@@ -37,8 +37,8 @@ def anywhere(monkeypatch):
     monkeypatch.setattr(_together, "_is_ready", lambda device: True)
 
 
-def host_of(kernels, backward=None):
-    @together(backward)
+def host_of(kernels):
+    @together
     def host(x, scale=1.0):
         for kernel in kernels:
             launch(kernel, (x.shape[0],))(x, C=64)
@@ -66,22 +66,6 @@ def test_once_for_a_kind_of_call(anywhere):
     for count, x in enumerate((torch.ones(2, 130, 4, 16), torch.ones(2, 128, 4, 32), torch.ones(2, 128, 4, 16).half()), 2):
         host(x)
         assert compiled() == count
-
-
-def test_the_backward_of_what_wants_a_gradient_comes_along(anywhere):
-    log, seen = [], []
-
-    def backward(result, x):
-        seen.append(result.shape == x.shape)
-        launch(Kernel("b", log), (1,))(x)
-
-    host = host_of([Kernel("a", log)], backward)
-    host(torch.ones(2, 128, 4, 16))
-    assert [entry[:2] for entry in log] == [("a", True), ("a", False)]
-    log.clear()
-    host(torch.ones(2, 128, 4, 8, requires_grad=True))
-    assert sorted(entry[0] for entry in log if entry[1]) == ["a", "b"] and log[-1][:2] == ("a", False)
-    assert seen == [True]
 
 
 def test_what_does_not_compile_says_so_when_it_is_launched(anywhere):

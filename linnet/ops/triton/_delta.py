@@ -204,15 +204,7 @@ def _spread(S: Tensor | None, H: int, first: bool) -> Tensor | None:
     return wide.flatten(1, 2)
 
 
-def _backward_of(result, q, k, p, v, erase, write, g, S0, cu, *options):
-    *options, save = options
-    if save:
-        backward.__wrapped__(
-            torch.empty_like(result[0]), None, *result[2:], q, k, p, v, erase, write, g, cu, *options, g is not None
-        )
-
-
-@together(_backward_of)
+@together
 def forward(q, k, p, v, erase, write, g, S0, cu, scale: float, before: bool, exclusive: bool, heads: int, bound, save: bool):
     """o, final state; for the backward X, states, split maps and starts, and everything prepared (empty unless `save`)."""
     call = DeltaCall(q, k, p, v, g, cu, scale, before, exclusive, heads, bound)
@@ -240,7 +232,7 @@ def forward(q, k, p, v, erase, write, g, S0, cu, scale: float, before: bool, exc
     return o, S, x, states, maps, list(prepared)
 
 
-@together()
+@together
 def backward(
     do, dS, x, states, maps, prepared, q, k, p, v, erase, write, g, cu, scale: float, before: bool, exclusive: bool, heads: int,
     bound, need_dg: bool

@@ -123,13 +123,7 @@ def solutions(call: DplrCall, ready: Prepared, v, do, states, adjoints) -> tuple
     return r, x, products
 
 
-def _backward_of(result, q, k, a, b, v, g, S0, cu, *options):
-    *options, save = options
-    if save:
-        backward.__wrapped__(torch.empty_like(result[0]), None, *result[2:], q, k, a, b, v, g, cu, *options, g is not None)
-
-
-@together(_backward_of)
+@together
 def forward(q, k, a, b, v, g, S0, cu, scale: float, heads: int, bound, save: bool):
     """o, final state; for the backward the states at chunk starts, the maps of splits, what was prepared (empty unless `save`)."""
     call = DplrCall(q, k, v, g, cu, scale, heads, bound)
@@ -156,7 +150,7 @@ def forward(q, k, a, b, v, g, S0, cu, scale: float, heads: int, bound, save: boo
     return o, S, states, maps, list(ready)
 
 
-@together()
+@together
 def backward(do, dS, states, maps, ready, q, k, a, b, v, g, cu, scale: float, heads: int, bound, need_dg: bool):
     """Gradients of q, k, a, b, v, g (None where there is none) and of the initial state."""
     call = DplrCall(q, k, v, g, cu, scale, heads, bound)

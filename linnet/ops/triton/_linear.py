@@ -205,7 +205,7 @@ def _split_states(
     return (start, column[1]), (final, column[2])
 
 
-@together(lambda result, *args: backward.__wrapped__(torch.empty_like(result[0]), None, result[2], *args, args[3] is not None))
+@together
 def forward(q, k, v, g, S0, cu, scale: float, exclusive: bool, heads: int, bound: float | None):
     """o [B, T, H, V], final state [N, heads, K, V] and the states at the starts of the splits (empty without splits)."""
     call = Call(q, v, g, cu, scale, exclusive, heads, bound)
@@ -223,7 +223,7 @@ def forward(q, k, v, g, S0, cu, scale: float, exclusive: bool, heads: int, bound
     return _fold(parts, call.H, v.dtype), S, start
 
 
-@together()
+@together
 def backward(
     do, dS, start, q, k, v, g, S0, cu, scale: float, exclusive: bool, heads: int, bound: float | None, need_dg: bool, gain=None,
     divided=None,
@@ -386,14 +386,7 @@ def running_maximum(g: Tensor | None, i: Tensor, cu: Tensor | None) -> tuple[Ten
     return m, previous
 
 
-def _backward_of_normalized(result, q, k, v, g, gain, low, cu, scale: float, heads: int, floor: bool):
-    h, n, _, _, start, starts = result
-    divided = (h, n, low, starts, None, None, floor)
-    need_dg = g is not None
-    backward.__wrapped__(torch.empty_like(h), None, start, q, k, v, g, None, cu, scale, False, heads, None, need_dg, gain, divided)
-
-
-@together(_backward_of_normalized)
+@together
 def normalized(q, k, v, g, gain, low, cu, scale: float, heads: int, floor: bool):
     """h = o / max(|n|, low) or o / (n + low), n [H, B*T], the final state S, z, and both at the starts of the splits, if any."""
     call = Call(q, v, g, cu, scale, False, heads, None, gain)

@@ -93,7 +93,7 @@ class Call:
         return self.kind == "vector" and self.dtype != torch.float32
 
     def tile(self, role: str) -> _table.Tile:
-        return _table.tile(self.architecture, self.table_kind, role, self.dtype.itemsize, max(self.K, self.V))
+        return _table.tile(self.architecture, self.table_kind, role, self.dtype.itemsize, self.K, self.V)
 
     def chunk(self, role: str) -> int:
         """Tokens a program takes at a time."""

@@ -118,18 +118,19 @@ def narrow(chosen, width: int):
     return replace(chosen, warps=next((w for most, w in NARROW.items() if width <= most), chosen.warps))
 
 
-def tile(architecture: str, kind: str, role: str, element_size: int, width: int) -> Tile:
-    """The configuration of one role; width: the wider of a head's keys and values.
+def tile(architecture: str, kind: str, role: str, element_size: int, K: int, V: int) -> Tile:
+    """The configuration of one role for heads of K key and V value channels.
 
     Architectures without measurements use those of sm90; older ones with at most two stages (they have less shared memory) and no
     tensor descriptors.
     """
     if element_size == 4:
-        chosen = narrow(FP32[kind], width)
+        chosen = narrow(FP32[kind], max(K, V))
     else:
         chosen = TABLE.get(architecture, TABLE[DEFAULT_ARCHITECTURE])[kind][role]
-        if width <= 64 and kind in ("none", "scalar") and role in ("o", "dv"):
-            chosen = replace(chosen, BZ=64, warps=4, stages=3)  # eight warps would share 64 columns
+        if V <= 64 and kind in ("none", "scalar") and role in ("o", "dv"):
+            # eight warps would share 64 columns; with two or three stages two programs fit a processor
+            chosen = replace(chosen, BZ=64, warps=4, stages=3 if K <= 64 else 2)
     older = int(architecture.removeprefix("sm")) < 90  # sm100 is newer
     return replace(chosen, descriptors=False, stages=min(chosen.stages, 2)) if older else chosen
 

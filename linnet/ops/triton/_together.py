@@ -2,7 +2,8 @@
 
 A kernel takes a second or two to compile and to load, and an operator has three to ten of them. Its host function names them by
 launching them; so the first call of a kind goes through it twice, at first with every launch handed to a pool of threads, where it
-ends when the kernel is loaded. A forward that will be differentiated takes the kernels of its backward along.
+ends when the kernel is loaded. (To compile the kernels of a backward along with those of its forward was not faster: much of
+Triton's compiler is Python.)
 """
 
 from __future__ import annotations
@@ -27,34 +28,24 @@ def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
     return kernel[grid] if compiling is None else functools.partial(compiling, kernel, grid)
 
 
-def together(backward: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """Decorates a function whose kernels, all of them started by `launch`, are compiled at the same time when it is first called.
+def together(host: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose kernels, all of them started by `launch`, are compiled at the same time when it is first called.
 
-    backward: a call of the function's backward from its result and its arguments, for those that want a gradient.
     A kind of call that differs from those before only in what `_kind` leaves out compiles its kernels one after another.
     """
+    known: set[Any] = set()
 
-    def decorate(host: Callable[..., Any]) -> Callable[..., Any]:
-        known: set[Any] = set()
+    @functools.wraps(host)
+    def run(*args: Any) -> Any:
+        kind = _kind(args)
+        if kind not in known:
+            known.add(kind)
+            device = next(x.device for x in args if isinstance(x, Tensor))
+            if _is_ready(device):
+                _compile(host, args, functools.partial(torch.cuda.set_device, device))
+        return host(*args)
 
-        def both(*args: Any) -> None:
-            result = host(*args)
-            if backward is not None and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-                backward(result, *args)
-
-        @functools.wraps(host)
-        def run(*args: Any) -> Any:
-            kind = _kind(args)
-            if kind not in known:
-                known.add(kind)
-                device = next(x.device for x in args if isinstance(x, Tensor))
-                if _is_ready(device):
-                    _compile(both, args, functools.partial(torch.cuda.set_device, device))
-            return host(*args)
-
-        return run
-
-    return decorate
+    return run
 
 
 def _is_ready(device: torch.device) -> bool:
