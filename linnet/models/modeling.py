@@ -52,6 +52,12 @@ class LinnetCausalLMOutput(CausalLMOutputWithPast):
     aux_loss: Tensor | None = None
 
 
+def for_products(x: Tensor) -> Tensor:
+    """x in the dtype of autocast, if it is on: converted once, not by each of the projections that read it."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 class LinnetBlock(GradientCheckpointingLayer):
     """x + mixer(norm(x)), then x + mlp(norm(x)) unless the model has no MLP."""
 
@@ -77,10 +83,10 @@ class LinnetBlock(GradientCheckpointingLayer):
         Returns hidden states, the mixer's state, the shared values and the auxiliary loss of this layer, if it has one.
         """
         context = Context(cu_seqlens=cu_seqlens, positions=positions_BT, return_state=return_state, shared=dict(shared))
-        y_BTD, state = self.mixer(self.mixer_norm(x_BTD), state, context=context)
+        y_BTD, state = self.mixer(for_products(self.mixer_norm(x_BTD)), state, context=context)
         x_BTD = x_BTD + y_BTD
         if self.mlp is not None:
-            x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
+            x_BTD = x_BTD + self.mlp(for_products(self.mlp_norm(x_BTD)))
         return x_BTD, state, context.shared, context.losses
 
 
