@@ -66,7 +66,7 @@ def _compile(host: Callable[..., Any], args: Any, prepare_thread: Callable[[], N
         return kernel.run(*operands, grid=grid, warmup=True, **constants).run  # the attribute: asking for it loads the kernel
 
     def ask(kernel: Any, grid: Any, *operands: Any, **constants: Any) -> None:
-        key = id(kernel), *map(_sort, operands), *((name, _sort(x)) for name, x in constants.items())
+        key = id(kernel), *map(_like, operands), *((name, _like(x)) for name, x in constants.items())
         if key not in jobs:
             jobs[key] = pool.submit(compile, kernel, grid, *operands, **constants)
 
@@ -79,7 +79,7 @@ def _compile(host: Callable[..., Any], args: Any, prepare_thread: Callable[[], N
         wait(jobs.values())  # what failed fails again, and says so, when it is launched
 
 
-def _sort(x: Any) -> Any:
+def _like(x: Any) -> Any:
     """What two operands have in common if they are probably compiled to the same kernel."""
     if isinstance(x, Tensor):
         return x.dtype, x.data_ptr() % 16 == 0
