@@ -1,7 +1,8 @@
 """One residual block, one model, one causal language model, for every mixer.
 
 - Layers are data: `LinnetConfig.layers` names the mixer of every block.
-- Block: x + mixer(norm(x)), then x + mlp(norm(x)); RMSNorm in fp32; no biases; no position embedding (mixers know their order).
+- Block: x + mixer(norm(x)), then x + mlp(norm(x)); RMSNorm in fp32, its result in the dtype of autocast if that is on; no biases;
+  no position embedding (mixers know their order).
 - Mixers never see a padding mask: padded batches are packed into one row of documents (`cu_seqlens`) on the way in, and
   unpacked on the way out, so that padding is exactly inert.
 - The loss is taken a few tokens at a time; full logits exist only where they are asked for.
