@@ -6,8 +6,9 @@
 
 A step is forward, loss, backward, clipping and AdamW on random tokens: parameters in fp32, products in bf16 (on CUDA). Tokens per
 second are from the median step, peak memory is of the whole process's tensors. Both models have K = V = d_model / heads, the same
-MLP and tied embeddings; parameters are counted beside the times. A layer with options in brackets is taken as it is, without a
-peer.
+MLP and tied embeddings; parameters are counted beside the times. fla's kernels tune themselves with shorter timings than their own,
+and compute the gradients of scalar gates that they refuse on some GPUs. A layer with options in brackets is taken as it is, without
+a peer.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from linnet.ops._dispatch import product_dtype
 from linnet.ops.loss import IGNORE, softmax_cross_entropy
 
 
@@ -92,11 +93,10 @@ def linear_cross_entropy(
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"linear_cross_entropy: chunk_tokens must be >= 1 or None; got {chunk_tokens}")
     x_ND, targets_N = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = product_dtype(x)
     chunk = chunk_tokens or max(256, x_ND.numel() // weight.shape[0])
     grad = torch.is_grad_enabled()
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         total = _LinearCrossEntropy.apply(
             x_ND.to(dtype), weight.to(dtype), targets_N, chunk, grad and x.requires_grad, grad and weight.requires_grad, backend
         )

@@ -36,7 +36,7 @@ from linnet.models.config import LinnetConfig
 from linnet.models.loss import IGNORE, linear_cross_entropy, next_token_targets
 from linnet.models.mlp import mlp_factory
 from linnet.models.pattern import LayerSpec
-from linnet.ops._dispatch import debugging
+from linnet.ops._dispatch import debugging, product_dtype
 
 
 @dataclass
@@ -51,12 +51,6 @@ class LinnetCausalLMOutput(CausalLMOutputWithPast):
     """As in transformers, with aux_loss: what `loss` holds beside the cross-entropy, before the share of `num_items_in_batch`."""
 
     aux_loss: Tensor | None = None
-
-
-def for_products(x: Tensor) -> Tensor:
-    """x in the dtype of autocast, if it is on: converted once, not by each of the projections that read it."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 class LinnetBlock(GradientCheckpointingLayer):
@@ -84,10 +78,11 @@ class LinnetBlock(GradientCheckpointingLayer):
         Returns hidden states, the mixer's state, the shared values and the auxiliary loss of this layer, if it has one.
         """
         context = Context(cu_seqlens=cu_seqlens, positions=positions_BT, return_state=return_state, shared=dict(shared))
-        y_BTD, state = self.mixer(for_products(self.mixer_norm(x_BTD)), state, context=context)
+        dtype = product_dtype(x_BTD)  # converted here once, not by each of the projections that read it
+        y_BTD, state = self.mixer(self.mixer_norm(x_BTD).to(dtype), state, context=context)
         x_BTD = x_BTD + y_BTD
         if self.mlp is not None:
-            x_BTD = x_BTD + self.mlp(for_products(self.mlp_norm(x_BTD)))
+            x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD).to(dtype))
         return x_BTD, state, context.shared, context.losses
 
 

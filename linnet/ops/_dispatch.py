@@ -81,6 +81,12 @@ def execute(op: str, backend: str | None, arguments: dict[str, Any]) -> Any:
     return _implementations[op, backend](**arguments)
 
 
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which linear layers multiply x: its own, or that of autocast, if it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def call(op: str, backend: str | None, **arguments: Any) -> Any:
     """Entry point of every public operator."""
     if _handler is not None:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from linnet.ops._dispatch import product_dtype
+
 # Rows of a block come in multiples of this: within whole tiles a matrix product gives a row the same bits wherever it stands, so
 # that what one token chooses changes no bit of another's.
 _TILE = 16
@@ -137,8 +139,7 @@ class Routes:
 
     def linear(self, x: Tensor, weight_MED: Tensor) -> Tensor:
         """Slots x [1, S, D] times the matrix of their memory [M, E, D], in the dtype of x (of autocast, if it is on)."""
-        device, M, x_SD = x.device.type, self.memories, x.flatten(0, 1)
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        M, x_SD, dtype = self.memories, x.flatten(0, 1), product_dtype(x)
         slots = x_SD.shape[0]
         size = _TILE * -(-slots // (4 * M * _TILE))
         blocks = (slots + M * (size - 1)) // size
@@ -148,6 +149,6 @@ class Routes:
         offset_M = F.pad(ends_M[:-1], (1, 0)) * size - start_M[:-1]
         place_S = torch.arange(slots, device=x.device) + offset_M[memory_S]
         memory_Z = torch.searchsorted(ends_M, torch.arange(blocks, device=x.device), right=True).clamp_max(M - 1)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             y_SE = _GroupedLinear.apply(x_SD.to(dtype), weight_MED.to(dtype), place_S, memory_Z, size)
         return y_SE.unflatten(0, x.shape[:2])

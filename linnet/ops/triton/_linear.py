@@ -177,9 +177,9 @@ def _fold(parts: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
 def _split_states(
     call: Call, role: str, y: Tensor, z: Tensor, heads: int, S_in, first: bool, scale_in: float, scale_out: float, ones=None
 ):
-    """States at the starts of all splits [N*NS, heads, K, V] and the final ones [N, heads, K, V].
+    """States at the starts of all splits [N*NS, heads, K, V], the final ones [N, heads, K, V], and both of a normalizer's column.
 
-    ones: with a normalizer, the weights of its column (or None) and its own S_in; then two pairs (states, those of the column).
+    ones: with a normalizer, the weights of its column (or None) and its own S_in; without one the third result is None.
     """
     NS, K, V = call.splits, call.K, call.V
     new = functools.partial(torch.empty, dtype=torch.float32, device=y.device)
@@ -200,9 +200,9 @@ def _split_states(
 
     join(local, S_in, start, final, V)
     if ones is None:
-        return start, final
+        return start, final, None
     join(column[0], column_in, *column[1:], 1)
-    return (start, column[1]), (final, column[2])
+    return start, final, column[1:]
 
 
 @together
@@ -214,7 +214,7 @@ def forward(q, k, v, g, S0, cu, scale: float, exclusive: bool, heads: int, bound
     if call.in_channels:
         call.ready = _channel.prepared(call, q, k)
     if call.splits > 1:
-        start, S = _split_states(call, "o", k, v, heads, S0, False, 1.0, 1.0)
+        start, S, _ = _split_states(call, "o", k, v, heads, S0, False, 1.0, 1.0)
         _role(call, "o", q, k, v, out=parts, splits=call.splits, S_in=start)
     else:
         S = torch.empty(call.N, heads, call.K, call.V, dtype=torch.float32, device=q.device)
@@ -230,7 +230,7 @@ def backward(
 ):  # fmt: skip
     """Gradients of q, k, v, g (None without decay or need), of the initial state, and of the gain (None without one).
 
-    divided: h, n, low, starts, dn, dz, floor of a call with a normalizer, for which `do` is the gradient of h; starts: like start.
+    divided: h, n, low, z_start, dn, dz, floor of a call with a normalizer, for which `do` is the gradient of h; z_start: as start.
     """
     call = Call(q, v, g, cu, scale, exclusive, heads, bound, gain)
     H, K, V, NS, NB = call.H, call.K, call.V, call.splits, call.block_count()
@@ -238,9 +238,9 @@ def backward(
     gate = g is not None and (need_dg or gain is not None)
     ones = None
     if divided is not None:
-        *output, starts, dn, dz, floor = divided
+        *output, z_start, dn, dz, floor = divided
         do, dn = _undivided(call, do, *output, dn, floor)
-        ones = dn, dz, starts
+        ones = dn, dz, z_start
     q, k, v, do = rows_of(q), rows_of(k), rows_of(v), do.contiguous()
     dS = None if dS is None else dS.contiguous()
     S0 = start if NS > 1 else None if S0 is None else S0.contiguous()
@@ -248,10 +248,8 @@ def backward(
     if call.in_channels:
         call.ready = _channel.prepared(call, q, k)
     if NS > 1:
-        R_in, dS0 = _split_states(call, "dv", q, do, H, dS, True, 1 / scale, scale, ones and ones[:2])
-        if ones is not None:
-            (R_in, dz), (dS0, _) = R_in, dS0
-            ones = dn, dz, starts
+        R_in, dS0, column = _split_states(call, "dv", q, do, H, dS, True, 1 / scale, scale, ones and ones[:2])
+        ones = ones and (dn, column[0], z_start)
         into = dict(splits=NS, S_in=R_in)
     else:
         dS0 = new(call.N, H, K, V)
@@ -329,8 +327,8 @@ def _of_chunks(call: Call, do: Tensor, q: Tensor, k: Tensor, v: Tensor, of_keys:
     S, R = new(chunks, heads, K, V, dtype=kept), new(chunks, H, K, V, dtype=kept)
     dn = s = r = None
     if ones is not None:
-        s, r, (dn, dz, starts) = new(chunks, heads, K), new(chunks, H, K), ones
-        of_keys |= dict(normalizer=(None, None, starts if call.splits > 1 else None, None, s, False))
+        s, r, (dn, dz, z_start) = new(chunks, heads, K), new(chunks, H, K), ones
+        of_keys |= dict(normalizer=(None, None, z_start if call.splits > 1 else None, None, s, False))
         of_queries |= dict(normalizer=(dn, None, dz, None, r, False))
     _role(call, "o", None, k, v, states=S, **of_keys)
     _role(call, "dv", None, q, do, states=R, **of_queries)
@@ -394,10 +392,10 @@ def normalized(q, k, v, g, gain, low, cu, scale: float, heads: int, floor: bool)
     parts = _partials(call, "o", v.new_empty(1, 1, call.H, call.V), call.K)
     n = new(call.H, call.B * call.T)
     if call.splits > 1:
-        (start, starts), (S, z) = _split_states(call, "o", k, v, heads, None, False, 1.0, 1.0, (None, None))
-        _role(call, "o", q, k, v, out=parts, splits=call.splits, S_in=start, normalizer=(n, low, starts, None, None, floor))
+        start, S, (z_start, z) = _split_states(call, "o", k, v, heads, None, False, 1.0, 1.0, (None, None))
+        _role(call, "o", q, k, v, out=parts, splits=call.splits, S_in=start, normalizer=(n, low, z_start, None, None, floor))
     else:
         S, z = new(call.N, heads, call.K, call.V), new(call.N, heads, call.K)
-        start, starts = new(0), new(0)
+        start, z_start = new(0), new(0)
         _role(call, "o", q, k, v, out=parts, S_out=S, normalizer=(n, low, None, z, None, floor))
-    return _fold(parts, call.H, v.dtype), n, S, z, start, starts
+    return _fold(parts, call.H, v.dtype), n, S, z, start, z_start

@@ -37,12 +37,12 @@ def together(host: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(host)
     def run(*args: Any) -> Any:
-        kind = _kind(args)
+        first = next(x for x in args if isinstance(x, Tensor))
+        kind = _kind(first, args)
         if kind not in known:
             known.add(kind)
-            device = next(x.device for x in args if isinstance(x, Tensor))
-            if _is_ready(device):
-                _compile(host, args, functools.partial(torch.cuda.set_device, device))
+            if _is_ready(first.device):
+                _compile(host, args, functools.partial(torch.cuda.set_device, first.device))
         return host(*args)
 
     return run
@@ -52,11 +52,12 @@ def _is_ready(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
-def _kind(x: Any) -> Any:
-    """What decides which kernels a call has: dtypes, heads, channels, options, and roughly how many rows and tokens."""
-    if isinstance(x, Tensor):
-        return x.dtype, x.device, x.shape[2:], *((n.bit_length(), n % 64 == 0) for n in x.shape[:2])
-    return tuple(map(_kind, x)) if isinstance(x, (tuple, list)) else x
+def _kind(first: Tensor, args: Any) -> Any:
+    """What decides which kernels a call has, as far as it can be asked at every call: dtypes, options, and of the first operand the
+    heads, the channels and roughly how many rows and tokens."""
+    rows, tokens, *shape = first.shape
+    sorts = [x.dtype if isinstance(x, Tensor) else None if isinstance(x, (tuple, list)) else x for x in args]
+    return first.device, rows.bit_length(), tokens.bit_length(), tokens % 64 == 0, *shape, *sorts
 
 
 def _compile(host: Callable[..., Any], args: Any, prepare_thread: Callable[[], None]) -> None:

@@ -141,12 +141,12 @@ def _(q, k, v, g, gain, low, cu_seqlens, scale, heads, floor):
 
 @torch.library.custom_op("linnet::triton_normalized_attention_backward", mutates_args=())
 def normalized_backward_op(
-    dh: Tensor, dn: Tensor | None, dS: Tensor | None, dz: Tensor | None, h: Tensor, n: Tensor, start: Tensor, starts: Tensor,
+    dh: Tensor, dn: Tensor | None, dS: Tensor | None, dz: Tensor | None, h: Tensor, n: Tensor, start: Tensor, z_start: Tensor,
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, gain: Tensor | None, low: Tensor, cu_seqlens: Tensor | None, scale: float,
     heads: int, floor: bool, need_dg: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     contiguous = lambda x: None if x is None else x.contiguous()
-    divided = (h, n, low, starts, contiguous(dn), contiguous(dz), floor)
+    divided = (h, n, low, z_start, contiguous(dn), contiguous(dz), floor)
     dq, dk, dv, dg, _, dgain = _kernels().backward(
         dh, dS, start, q, k, v, g, None, cu_seqlens, scale, False, heads, None, need_dg, gain, divided
     )
@@ -155,7 +155,7 @@ def normalized_backward_op(
 
 
 @normalized_backward_op.register_fake
-def _(dh, dn, dS, dz, h, n, start, starts, q, k, v, g, gain, low, cu_seqlens, scale, heads, floor, need_dg):
+def _(dh, dn, dS, dz, h, n, start, z_start, q, k, v, g, gain, low, cu_seqlens, scale, heads, floor, need_dg):
     new = lambda x, dtype: torch.empty(x.shape, dtype=dtype, device=x.device)
     gate = lambda x, needed: new(x, torch.float32) if x is not None and needed else q.new_empty(0, dtype=torch.float32)
     return new(q, q.dtype), new(k, k.dtype), new(v, v.dtype), gate(g, need_dg or gain is not None), gate(gain, True)
