@@ -344,12 +344,14 @@ def test_custom_operators_are_well_formed():
     x = torch.randn(1, 9, 2, 4, dtype=torch.float64, requires_grad=True)
     g = -torch.rand(1, 9, 2, 1, dtype=torch.float64)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(r.linear_op, (x, x, x, g, None, None, 1.0, False, 2, 4, True, torch.float64), test_utils=tests)
+    torch.library.opcheck(r.linear_op.library, (x, x, x, g, None, None, 1.0, False, 2, 4, True, torch.float64), test_utils=tests)
     gates = (g.exp(), None, g, None, None)
-    torch.library.opcheck(r.delta_op, (x, None, x, x, *gates, 1.0, False, False, 2, 4, True, torch.float64), test_utils=tests)
-    torch.library.opcheck(r.dplr_op, (x, x, x, x, x, g, None, None, 1.0, 2, 4, True, torch.float64), test_utils=tests)
+    torch.library.opcheck(
+        r.delta_op.library, (x, None, x, x, *gates, 1.0, False, False, 2, 4, True, torch.float64), test_utils=tests
+    )
+    torch.library.opcheck(r.dplr_op.library, (x, x, x, x, x, g, None, None, 1.0, 2, 4, True, torch.float64), test_utils=tests)
     cu = offsets([4, 5])
-    torch.library.opcheck(r.linear_op, (x, x, x, g, None, cu, 1.0, False, 2, 4, True, torch.float64), test_utils=tests)
+    torch.library.opcheck(r.linear_op.library, (x, x, x, g, None, cu, 1.0, False, 2, 4, True, torch.float64), test_utils=tests)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

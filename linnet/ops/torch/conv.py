@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linnet.ops._autograd import refuse_double_backward
+from linnet.ops._autograd import operator, refuse_double_backward
 from linnet.ops._dispatch import implements
 from linnet.ops._shapes import accumulate_dtype
 
@@ -91,7 +91,7 @@ def _convolve(x: Tensor, taps: Tensor, bias: Tensor | None, past: Tensor | None,
     return y
 
 
-@torch.library.custom_op("linnet::short_conv", mutates_args=())
+@operator("linnet::short_conv")
 def conv_op(x: Tensor, taps: Tensor, bias: Tensor | None, past: Tensor | None, cu_seqlens: Tensor | None, silu: bool) -> Tensor:
     """x [B, T, D], taps [W, D] (tap j multiplies x_{t-j}), past [N, W-1, D], oldest first."""
     y = _convolve(x, taps, bias, past, cu_seqlens)
@@ -103,7 +103,7 @@ def _(x, taps, bias, past, cu_seqlens, silu):
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("linnet::short_conv_backward", mutates_args=())
+@operator("linnet::short_conv_backward")
 def conv_backward_op(
     dz: Tensor, x: Tensor, taps: Tensor, bias: Tensor | None, past: Tensor | None, cu_seqlens: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linnet.ops._autograd import refuse_double_backward
+from linnet.ops._autograd import operator, refuse_double_backward
 from linnet.ops._dispatch import implements
 from linnet.ops._shapes import accumulate_dtype
 from linnet.ops.torch.conv import _state, conv_op
@@ -104,7 +104,7 @@ def _extent(u: Tensor, kernel: Tensor, past: Tensor | None, lookahead: int) -> t
     return kernel[:, first:last], first, lookahead - first
 
 
-@torch.library.custom_op("linnet::long_conv", mutates_args=())
+@operator("linnet::long_conv")
 def long_conv_op(u: Tensor, kernel: Tensor, past: Tensor | None, cu_seqlens: Tensor | None, lookahead: int) -> Tensor:
     """u [B, T, D], kernel [G, L], past [N, L-1, D], oldest first (causal only)."""
     y = torch.empty_like(u)
@@ -124,7 +124,7 @@ def _(u, kernel, past, cu_seqlens, lookahead):
     return torch.empty_like(u)
 
 
-@torch.library.custom_op("linnet::long_conv_backward", mutates_args=())
+@operator("linnet::long_conv_backward")
 def long_conv_backward_op(
     dy: Tensor, u: Tensor, kernel: Tensor, past: Tensor | None, cu_seqlens: Tensor | None, lookahead: int
 ) -> tuple[Tensor, Tensor, Tensor]:

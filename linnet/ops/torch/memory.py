@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linnet.ops._autograd import records, refuse_double_backward
+from linnet.ops._autograd import operator, records, refuse_double_backward
 from linnet.ops._dispatch import implements
 from linnet.ops._shapes import accumulate_dtype, expand_heads
 from linnet.ops.memory import flat_weights
@@ -326,7 +326,7 @@ def _arguments(tensors, part: slice, state: Tensor) -> dict[str, Tensor]:
     return own | {"state": state}
 
 
-@torch.library.custom_op("linnet::neural_memory", mutates_args=())
+@operator("linnet::neural_memory")
 def memory_op(
     q: Tensor, k: Tensor, v: Tensor, rate: Tensor, log_decay: Tensor | None, log_momentum: Tensor | None, read_scale: Tensor | None,
     gamma: Tensor | None, beta: Tensor | None, state: Tensor, valid: Tensor, anchor: Tensor, active: list[int], full: int,
@@ -354,7 +354,7 @@ def _(q, k, v, rate, log_decay, log_momentum, read_scale, gamma, beta, state, va
     return v.new_empty(v.shape), state.new_empty(state.shape), state.new_empty(groups, *state.shape)
 
 
-@torch.library.custom_op("linnet::neural_memory_backward", mutates_args=())
+@operator("linnet::neural_memory_backward")
 def memory_backward_op(
     do: Tensor, dstate: Tensor, saved: Tensor, q: Tensor, k: Tensor, v: Tensor, rate: Tensor, log_decay: Tensor | None,
     log_momentum: Tensor | None, read_scale: Tensor | None, gamma: Tensor | None, beta: Tensor | None, valid: Tensor,

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linnet.ops._autograd import refuse_double_backward
+from linnet.ops._autograd import operator, refuse_double_backward
 from linnet.ops._dispatch import implements
 from linnet.ops._shapes import accumulate_dtype
 from linnet.ops.torch.scan import last_of_segment, segment_of_token
@@ -99,7 +99,7 @@ def _forced(rows: Rows, strength: Tensor | None) -> list[bool]:
     return tokens.any(0).tolist() if rows.cu is None else [bool(s.any()) for s in rows.split(tokens)]
 
 
-@torch.library.custom_op("linnet::almost_linear_rnn", mutates_args=())
+@operator("linnet::almost_linear_rnn")
 def alrnn_op(
     x: Tensor, decay: Tensor, weight: Tensor, relu_units: int, target: Tensor | None, strength: Tensor | None, z0: Tensor,
     cu_seqlens: Tensor | None,
@@ -122,7 +122,7 @@ def _(x, decay, weight, relu_units, target, strength, z0, cu_seqlens):
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("linnet::almost_linear_rnn_backward", mutates_args=())
+@operator("linnet::almost_linear_rnn_backward")
 def alrnn_backward_op(
     dz: Tensor, z: Tensor, decay: Tensor, weight: Tensor, relu_units: int, target: Tensor | None, strength: Tensor | None,
     z0: Tensor, cu_seqlens: Tensor | None,
@@ -199,7 +199,7 @@ def _slstm_gates(i: Tensor, f: Tensor, n: Tensor, m: Tensor) -> tuple[Tensor, Te
     return (i - new).exp(), (kept - new).clamp_max(0).exp(), new, fresh
 
 
-@torch.library.custom_op("linnet::slstm", mutates_args=())
+@operator("linnet::slstm")
 def slstm_op(
     x: Tensor, weight: Tensor, h0: Tensor, C0: Tensor, n0: Tensor, m0: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -222,7 +222,7 @@ def _(x, weight, h0, C0, n0, m0, cu_seqlens):
     return tuple(x.new_empty(*x.shape[:3], x.shape[4]) for _ in range(4))
 
 
-@torch.library.custom_op("linnet::slstm_backward", mutates_args=())
+@operator("linnet::slstm_backward")
 def slstm_backward_op(
     dh: Tensor, dC: Tensor, dn: Tensor, dm: Tensor, h: Tensor, C: Tensor, n: Tensor, m: Tensor, x: Tensor, weight: Tensor,
     h0: Tensor, C0: Tensor, n0: Tensor, m0: Tensor, cu_seqlens: Tensor | None,

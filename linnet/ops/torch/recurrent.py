@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from linnet.ops import _algebra
-from linnet.ops._autograd import records, refuse_double_backward
+from linnet.ops._autograd import operator, records, refuse_double_backward
 from linnet.ops._dispatch import implements
 from linnet.ops._shapes import expand_heads
 from linnet.ops.torch import _delta, _dplr, _linear
@@ -64,7 +64,7 @@ def _empty(x: Tensor) -> Tensor:
 # ---- linear attention ------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("linnet::linear_attention", mutates_args=())
+@operator("linnet::linear_attention")
 def linear_op(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, S0: Tensor | None, cu_seqlens: Tensor | None,
     scale: float, exclusive: bool, heads: int, chunk: int, save: bool, dtype: torch.dtype,
@@ -81,7 +81,7 @@ def _(q, k, v, g, S0, cu_seqlens, scale, exclusive, heads, chunk, save, dtype):
     return v.new_empty(B, T, max(Hq, heads), V), S, saved
 
 
-@torch.library.custom_op("linnet::linear_attention_backward", mutates_args=())
+@operator("linnet::linear_attention_backward")
 def linear_backward_op(
     do: Tensor, dS: Tensor | None, saved: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None,
     scale: float, exclusive: bool, heads: int, chunk: int, dtype: torch.dtype,
@@ -120,7 +120,7 @@ refuse_double_backward(linear_backward_op)
 # ---- delta rule ------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("linnet::delta_rule", mutates_args=())
+@operator("linnet::delta_rule")
 def delta_op(
     q: Tensor, k: Tensor | None, p: Tensor, v: Tensor, erase: Tensor | None, write: Tensor | None, g: Tensor | None,
     S0: Tensor | None, cu_seqlens: Tensor | None, scale: float, before_decay: bool, exclusive: bool, heads: int, chunk: int,
@@ -138,7 +138,7 @@ def _(q, k, p, v, erase, write, g, S0, cu_seqlens, scale, before_decay, exclusiv
     return v.new_empty(B, T, max(Hq, heads), V), S, v.new_empty(B if save else 0, T, heads, V, dtype=dtype), saved
 
 
-@torch.library.custom_op("linnet::delta_rule_backward", mutates_args=())
+@operator("linnet::delta_rule_backward")
 def delta_backward_op(
     do: Tensor, dS: Tensor | None, X: Tensor, saved: Tensor, q: Tensor, k: Tensor | None, p: Tensor, v: Tensor,
     erase: Tensor | None, write: Tensor | None, g: Tensor | None, cu_seqlens: Tensor | None, scale: float, before_decay: bool,
@@ -180,7 +180,7 @@ refuse_double_backward(delta_backward_op)
 # ---- DPLR ------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("linnet::dplr", mutates_args=())
+@operator("linnet::dplr")
 def dplr_op(
     q: Tensor, e: Tensor, w: Tensor, p: Tensor, u: Tensor, g: Tensor | None, S0: Tensor | None, cu_seqlens: Tensor | None,
     scale: float, heads: int, chunk: int, save: bool, dtype: torch.dtype,
@@ -197,7 +197,7 @@ def _(q, e, w, p, u, g, S0, cu_seqlens, scale, heads, chunk, save, dtype):
     return u.new_empty(B, T, max(Hq, heads), V), S, u.new_empty(B if save else 0, T, heads, V, dtype=dtype), saved
 
 
-@torch.library.custom_op("linnet::dplr_backward", mutates_args=())
+@operator("linnet::dplr_backward")
 def dplr_backward_op(
     do: Tensor, dS: Tensor | None, R: Tensor, saved: Tensor, q: Tensor, e: Tensor, w: Tensor, p: Tensor, u: Tensor,
     g: Tensor | None, cu_seqlens: Tensor | None, scale: float, heads: int, chunk: int, dtype: torch.dtype,

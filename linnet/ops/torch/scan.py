@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linnet.ops._autograd import refuse_double_backward
+from linnet.ops._autograd import operator, refuse_double_backward
 from linnet.ops._dispatch import implements
 from linnet.ops._shapes import accumulate_dtype
 
@@ -89,7 +89,7 @@ def _prepared(x: Tensor, a: Tensor, h0: Tensor | None, cu: Tensor | None):
     return flat(a), flat(x), None if h0 is None else h0.reshape(shape[0], -1)
 
 
-@torch.library.custom_op("linnet::scan", mutates_args=())
+@operator("linnet::scan")
 def scan_op(x: Tensor, a: Tensor, log: bool, h0: Tensor | None, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
     """h [B, T, ...] in `dtype`; a [B|1, T|1, ...] is the factor, or its logarithm if `log`."""
     a = a.to(dtype).exp() if log else a.to(dtype)
@@ -102,7 +102,7 @@ def _(x, a, log, h0, cu_seqlens, dtype):
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
-@torch.library.custom_op("linnet::scan_backward", mutates_args=())
+@operator("linnet::scan_backward")
 def scan_backward_op(
     dh: Tensor, h: Tensor, a: Tensor, log: bool, h0: Tensor | None, cu_seqlens: Tensor | None, x_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,7 +173,7 @@ def scan(x, a, log_a, initial_state, return_state, cu_seqlens):
 # ---- running log-sum-exp ---------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("linnet::cumulative_logsumexp", mutates_args=())
+@operator("linnet::cumulative_logsumexp")
 def logsumexp_op(x: Tensor, y0: Tensor | None, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
     """y [B, T, ...] in `dtype`.  With M_t the running maximum, y = M + log s, s_t = e^{M_{t-1} - M_t} s_{t-1} + e^{x_t - M_t}."""
     x = x.to(dtype)
@@ -207,7 +207,7 @@ def _weight(x: Tensor, y: Tensor) -> Tensor:
     return (x - y).masked_fill(x == -torch.inf, -torch.inf).exp()
 
 
-@torch.library.custom_op("linnet::cumulative_logsumexp_backward", mutates_args=())
+@operator("linnet::cumulative_logsumexp_backward")
 def logsumexp_backward_op(dy: Tensor, y: Tensor, x: Tensor, y0: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gradients of x and y0: c_t = dy_t + e^{y_t - y_{t+1}} c_{t+1}, dx_t = e^{x_t - y_t} c_t, dy_0 = e^{y_0 - y_1} c_1."""
     dtype, shape = y.dtype, y.shape

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linnet.ops._autograd import records, refuse_double_backward
+from linnet.ops._autograd import operator, records, refuse_double_backward
 from linnet.ops._dispatch import implements
 from linnet.ops._shapes import accumulate_dtype, expand_heads
 
@@ -272,7 +272,7 @@ class _Layout:
 # ---- the operator ----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("linnet::selective_scan", mutates_args=())
+@operator("linnet::selective_scan")
 def selective_scan_op(
     delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor | None, cu_seqlens: Tensor | None,
     return_state: bool, keep: bool,
@@ -318,7 +318,7 @@ def _(delta, x, A, B, C, h0, cu_seqlens, return_state, keep):
     return delta.new_empty(delta.shape), final, delta.new_empty(layout.starts_shape() if keep else 0)
 
 
-@torch.library.custom_op("linnet::selective_scan_backward", mutates_args=())
+@operator("linnet::selective_scan_backward")
 def selective_scan_backward_op(
     dy: Tensor, dfinal: Tensor | None, starts: Tensor, delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor,
     h0: Tensor | None, cu_seqlens: Tensor | None,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from linnet.ops.triton import _scan_table as table
 from linnet.ops.triton._kernel_common import block_owner
+from linnet.ops.triton._plan import cdiv, next_power_of_2
 from linnet.ops.triton._support import rows_of
 
 
@@ -178,14 +179,14 @@ def _plan(x: Tensor, weight: Tensor, cu: Tensor | None, bias: Tensor | None, sil
     """Grid, rows of the state, flags. L holds at least the W - 1 tokens that a block's neighbour may need."""
     (B, T, D), W = x.shape, weight.shape[1]
     t = table.choose("short_conv", x)
-    BD = min(t.BD, max(32, triton.next_power_of_2(D)))
+    BD = min(t.BD, max(32, next_power_of_2(D)))
     N = B if cu is None else cu.shape[0] - 1
-    blocks = T // t.U + N if cu is not None else N * triton.cdiv(T, t.U)
+    blocks = T // t.U + N if cu is not None else N * cdiv(T, t.U)
     flags = dict(
         D=D, W=W, BD=BD, L=t.U, U=UNROLLED, STAGES=t.stages, BIAS=bias is not None, SILU=silu, HAS_IN=past is not None,
         COL=D % BD != 0, PACKED=cu is not None, num_warps=t.warps,
     )  # fmt: skip
-    return (triton.cdiv(D, BD), blocks), N, flags
+    return (cdiv(D, BD), blocks), N, flags
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, cu: Tensor | None, silu: bool) -> Tensor:

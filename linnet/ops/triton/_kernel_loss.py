@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linnet.ops.triton import _scan_table as table
+from linnet.ops.triton._plan import next_power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -55,7 +56,7 @@ def cross_entropy_(logits: Tensor, target: Tensor, ignore: int, gradient: bool) 
     C, V = logits.shape
     tile = table.choose("softmax_cross_entropy", logits)
     loss = torch.empty(C, dtype=torch.float32, device=logits.device)
-    BV = min(tile.U, triton.next_power_of_2(V))
+    BV = min(tile.U, next_power_of_2(V))
     flags = dict(V=V, BV=BV, IGNORE=ignore, GRADIENT=gradient, STAGES=tile.stages, num_warps=tile.warps)
     loss_kernel[(C,)](logits, target, loss, logits.stride(0), **flags)
     return loss

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linnet.ops.triton import _scan_table as table
-from linnet.ops.triton._plan import facts
+from linnet.ops.triton._plan import cdiv, facts, next_power_of_2
 
 
 @triton.jit
@@ -140,14 +140,14 @@ def rows_of(x: Tensor, heads: int) -> tuple[Tensor, int]:
 def _plan(x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, silu: bool, first: bool, groups: int, mean: bool):
     size, tile = x.shape[-1], table.choose("norm", x)
     W, heads = size // groups, x.shape[-2] if x.ndim >= 3 else 1
-    rows, BW = x.numel() // size, triton.next_power_of_2(W)
+    rows, BW = x.numel() // size, next_power_of_2(W)
     BR = max(1, tile.U * 128 // BW)
     warps = min(max(tile.warps, BW // 512), 16)
     flags = dict(
         heads=heads, size=size, W=W, DEN=W if mean else 1, BR=BR, BW=BW, GATED=gate is not None, SILU=silu, FIRST=first,
         WEIGHT=weight is not None, MASK=rows % BR != 0 or BW != W, num_warps=warps,
     )  # fmt: skip
-    return rows, triton.cdiv(rows, BR), heads, flags
+    return rows, cdiv(rows, BR), heads, flags
 
 
 def forward(x, gate, weight, eps: float, silu: bool, first: bool, groups: int, mean: bool) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from linnet.ops.triton import _scan_table as table
 from linnet.ops.triton._kernel_common import split_range
+from linnet.ops.triton._plan import cdiv
 from linnet.ops.triton._support import rows_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -203,9 +204,9 @@ class Plan:
         a = a.expand(self.B, -1, -1) if self.time else a
         self.a = rows_of(a) if self.time else a.contiguous()
         BD = self.tile.BD
-        self.programs = triton.cdiv(self.F, BD) * self.N
+        self.programs = cdiv(self.F, BD) * self.N
         self.splits = table.splits(self.programs, self.T, self.tile.U, x)
-        self.grid = (triton.cdiv(self.F, BD), self.N * self.splits)
+        self.grid = (cdiv(self.F, BD), self.N * self.splits)
         self.cu = cu
         self.sb = self.F if a.shape[0] > 1 else 0
         self.sa = self.a.stride(1) if self.time else 0

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from linnet.ops.triton import _scan_table as table
 from linnet.ops.triton._kernel_common import first_block, split_range
+from linnet.ops.triton._plan import cdiv, next_power_of_2
 from linnet.ops.triton._support import rows_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -312,9 +313,9 @@ class Plan:
         self.rows = self.B if cu is None else cu.shape[0] - 1
         self.groups, self.cu, W = groups, cu, self.D // groups
         tile = table.choose("selective_scan", x)
-        BN = triton.next_power_of_2(N)
-        BD = min(tile.BD * 16 // max(BN, 16), max(16, triton.next_power_of_2(W)))  # states keep their share of the registers
-        self.NB = triton.cdiv(W, BD)
+        BN = next_power_of_2(N)
+        BD = min(tile.BD * 16 // max(BN, 16), max(16, next_power_of_2(W)))  # states keep their share of the registers
+        self.NB = cdiv(W, BD)
         self.L = tile.U
         self.splits = table.splits(groups * self.NB * self.rows, self.T, tile.U, x, 4)
         self.parts = self.rows * self.splits

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linnet.ops.triton import _plan
+from linnet.ops.triton._plan import cdiv, next_power_of_2
 
 LINEAR, DELTA, DPLR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 KINDS = {"linear": 0, "delta": 1, "dplr": 2}
@@ -152,10 +153,10 @@ def step_kernel(
 
 def tile(K: int, V: int, heads: int, element_size: int, processors: int) -> tuple[int, int, int]:
     """BK, BV and warps of a call on `heads` states in all: wide tiles where there is work for all processors, narrow ones else."""
-    BK = triton.next_power_of_2(K)
-    least = min(NARROWEST // element_size, triton.next_power_of_2(V))
-    BV = max(least, min(triton.next_power_of_2(V), TILE // BK, 64))
-    while BV > least and heads * triton.cdiv(V, BV) < PROGRAMS * processors:
+    BK = next_power_of_2(K)
+    least = min(NARROWEST // element_size, next_power_of_2(V))
+    BV = max(least, min(next_power_of_2(V), TILE // BK, 64))
+    while BV > least and heads * cdiv(V, BV) < PROGRAMS * processors:
         BV //= 2
     return BK, BV, max(1, min(4, BK * BV // 1024))
 
@@ -184,7 +185,7 @@ def step(
     operands = [_rows(x) for x in (q, k, p, v, b, erase, write, g)]
     o = torch.empty((B, T, H, V) if output else (0,), dtype=v.dtype, device=v.device)
     BK, BV, warps = tile(K, V, B * HS, S_out.element_size(), _plan.facts(q)[1])
-    NV = triton.cdiv(V, BV)
+    NV = cdiv(V, BV)
     step_kernel[(B * HS * NV,)](
         *operands, S_in, S_out, slots, counts, o,
         *(0 if x is None else x.stride(0) for x in operands), S_out.stride(0),

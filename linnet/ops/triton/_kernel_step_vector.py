@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from linnet.ops.triton._plan import cdiv, next_power_of_2
+
 CONV_CHANNELS, CONV_WARPS = 128, 1
 STATES = 1024  # values of the state of a selective scan that a program of one warp keeps
 
@@ -147,7 +149,7 @@ def conv(x, weight, bias, state, slots, counts, silu: bool, update: bool, output
     (B, T, D), W = x.shape, weight.shape[1]
     x = _packed(x)
     y = torch.empty((B, T, D) if output else (0,), dtype=x.dtype, device=x.device)
-    ND = triton.cdiv(D, CONV_CHANNELS)
+    ND = cdiv(D, CONV_CHANNELS)
     conv_kernel[(B * ND,)](
         x, weight, bias, state, slots, counts, y, x.stride(0), x.stride(1), state.stride(0), T, D, ND,
         BD=CONV_CHANNELS, W=W, BIAS=bias is not None, SILU=silu, SLOTS=slots is not None, COUNTS=counts is not None,
@@ -161,9 +163,9 @@ def selective(x, delta, A, B, C, skip, z, state, slots, counts, update: bool, ou
     (rows, T, D), N = x.shape, A.shape[1]
     x, delta, B, C, z = (_packed(p) for p in (x, delta, B, C, z))
     y = torch.empty((rows, T, D) if output else (0,), dtype=x.dtype, device=x.device)
-    BN = triton.next_power_of_2(N)
+    BN = next_power_of_2(N)
     BD = max(32, STATES // BN)
-    ND = triton.cdiv(D, BD)
+    ND = cdiv(D, BD)
     timed = (x, delta, B, C, z)
     selective_kernel[(rows * ND,)](
         x, delta, A, B, C, skip, z, state, slots, counts, y,

@@ -20,6 +20,16 @@ SAFE_EXPONENT = 80.0  # e^80 and e^-80 are in the range of fp32 and bf16
 SAFE_EXPONENT_FP32 = 40.0  # and the last of the three terms of a TF32 product of e^-40 still is
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own is for kernels, too: on the host it takes 10 us."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not less than n."""
+    return 1 << (n - 1).bit_length()
+
+
 @functools.lru_cache(None)
 def device_facts(index: int | None) -> tuple[str, int]:
     """Architecture and number of multiprocessors; index None: Triton's interpreter on the CPU."""

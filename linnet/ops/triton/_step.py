@@ -10,7 +10,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from linnet.ops._autograd import records
+from linnet.ops._autograd import operator, records
 
 
 def _kernels():
@@ -66,7 +66,7 @@ def _(x, delta, A, B, C, skip, z, state, slots, counts, update, output):
     return x.new_empty(x.shape if output else (0,))
 
 
-@torch.library.custom_op("linnet::triton_token", mutates_args=())
+@operator("linnet::triton_token")
 def token_op(
     kind: str, q: Tensor, k: Tensor | None, p: Tensor, v: Tensor, b: Tensor | None, erase: Tensor | None, write: Tensor | None,
     g: Tensor | None, S0: Tensor | None, scale: float, before: bool, exclusive: bool, heads: int,

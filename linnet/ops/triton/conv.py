@@ -7,7 +7,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from linnet.ops._autograd import refuse_double_backward
+from linnet.ops._autograd import operator, refuse_double_backward
 from linnet.ops._dispatch import implements
 from linnet.ops.triton._support import refusal
 
@@ -27,7 +27,7 @@ def supports(arguments: dict) -> str | None:
     return refusal(arguments["x_BTD"], arguments["weight_DW"], arguments["bias_D"], *(arguments["initial_state"] or ()))
 
 
-@torch.library.custom_op("linnet::triton_short_conv", mutates_args=())
+@operator("linnet::triton_short_conv")
 def conv_op(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, cu_seqlens: Tensor | None, silu: bool) -> Tensor:
     """x [B, T, D], weight [D, W], past [N, W-1, D], oldest first."""
     return _kernels().forward(x, weight, bias, past, cu_seqlens, silu)
@@ -38,7 +38,7 @@ def _(x, weight, bias, past, cu_seqlens, silu):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("linnet::triton_short_conv_backward", mutates_args=())
+@operator("linnet::triton_short_conv_backward")
 def conv_backward_op(
     dz: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, cu_seqlens: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from linnet.ops import _algebra
-from linnet.ops._autograd import records, refuse_double_backward
+from linnet.ops._autograd import operator, records, refuse_double_backward
 from linnet.ops._dispatch import implements
 from linnet.ops.triton._plan import WIDEST, DeltaCall
 from linnet.ops.triton._step import single_token, token_op
@@ -28,7 +28,7 @@ def supports(arguments: dict) -> str | None:
     return linear_supports(arguments)
 
 
-@torch.library.custom_op("linnet::triton_delta_rule", mutates_args=())
+@operator("linnet::triton_delta_rule")
 def delta_op(
     q: Tensor, k: Tensor | None, p: Tensor, v: Tensor, erase: Tensor | None, write: Tensor | None, g: Tensor | None,
     S0: Tensor | None, cu_seqlens: Tensor | None, scale: float, before: bool, exclusive: bool, heads: int, bound: float | None,
@@ -53,7 +53,7 @@ def _(q, k, p, v, erase, write, g, S0, cu_seqlens, scale, before, exclusive, hea
     return o, S, q.new_empty(B, T, H, V), q.new_empty(NB, H, V, K), maps, prepared
 
 
-@torch.library.custom_op("linnet::triton_delta_rule_backward", mutates_args=())
+@operator("linnet::triton_delta_rule_backward")
 def delta_backward_op(
     do: Tensor, dS: Tensor | None, x: Tensor, states: Tensor, maps: Tensor, prepared: list[Tensor], q: Tensor, k: Tensor | None,
     p: Tensor, v: Tensor, erase: Tensor | None, write: Tensor | None, g: Tensor | None, cu_seqlens: Tensor | None, scale: float,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from linnet.ops import _algebra
-from linnet.ops._autograd import records, refuse_double_backward
+from linnet.ops._autograd import operator, records, refuse_double_backward
 from linnet.ops._dispatch import implements
 from linnet.ops.triton._plan import DplrCall
 from linnet.ops.triton._step import single_token, token_op
@@ -30,7 +30,7 @@ def supports(arguments: dict) -> str | None:
     return linear_supports(arguments)
 
 
-@torch.library.custom_op("linnet::triton_dplr", mutates_args=())
+@operator("linnet::triton_dplr")
 def dplr_op(
     q: Tensor, k: Tensor, a: Tensor, b: Tensor, v: Tensor, g: Tensor | None, S0: Tensor | None, cu_seqlens: Tensor | None,
     scale: float, heads: int, bound: float | None, save: bool,
@@ -52,7 +52,7 @@ def _(q, k, a, b, v, g, S0, cu_seqlens, scale, heads, bound, save):
     return o, S, q.new_empty(NB, H, V, K), maps, [*prepared, fp32(NB, H, K)]
 
 
-@torch.library.custom_op("linnet::triton_dplr_backward", mutates_args=())
+@operator("linnet::triton_dplr_backward")
 def dplr_backward_op(
     do: Tensor, dS: Tensor | None, states: Tensor, maps: Tensor, prepared: list[Tensor], q: Tensor, k: Tensor, a: Tensor,
     b: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, scale: float, heads: int, bound: float | None, need_dg: bool,

@@ -4,10 +4,9 @@
 
 import importlib
 
-import torch
 from torch import Tensor
 
-from linnet.ops._autograd import refuse_double_backward
+from linnet.ops._autograd import operator, refuse_double_backward
 from linnet.ops._dispatch import implements
 from linnet.ops.triton._support import refusal
 
@@ -26,7 +25,7 @@ def supports(arguments: dict) -> str | None:
     return refusal(x, arguments.get("gate"), arguments.get("weight"))
 
 
-@torch.library.custom_op("linnet::triton_norm", mutates_args=())
+@operator("linnet::triton_norm")
 def norm_op(
     x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, silu: bool, first: bool, groups: int, mean: bool
 ) -> Tensor:
@@ -39,7 +38,7 @@ def _(x, gate, weight, eps, silu, first, groups, mean):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("linnet::triton_norm_backward", mutates_args=())
+@operator("linnet::triton_norm_backward")
 def norm_backward_op(
     dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, silu: bool, first: bool, groups: int, mean: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

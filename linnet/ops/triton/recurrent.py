@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from linnet.ops import _algebra
-from linnet.ops._autograd import refuse_double_backward
+from linnet.ops._autograd import operator, refuse_double_backward
 from linnet.ops._dispatch import implements
 from linnet.ops.triton._plan import Call
 from linnet.ops.triton._step import single_token, token_op
@@ -55,7 +55,7 @@ def supports(arguments: dict) -> str | None:
     return unavailable(q.device.type, q.device.index or 0)
 
 
-@torch.library.custom_op("linnet::triton_linear_attention", mutates_args=())
+@operator("linnet::triton_linear_attention")
 def linear_op(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, S0: Tensor | None, cu_seqlens: Tensor | None,
     scale: float, exclusive: bool, heads: int, bound: float | None,
@@ -78,7 +78,7 @@ def _(q, k, v, g, S0, cu_seqlens, scale, exclusive, heads, bound):
     return o, S, q.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("linnet::triton_linear_attention_backward", mutates_args=())
+@operator("linnet::triton_linear_attention_backward")
 def linear_backward_op(
     do: Tensor, dS: Tensor | None, start: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, S0: Tensor | None,
     cu_seqlens: Tensor | None, scale: float, exclusive: bool, heads: int, bound: float | None, need_dg: bool,
@@ -117,7 +117,7 @@ linear_op.register_autograd(_backward, setup_context=_setup)
 refuse_double_backward(linear_backward_op)
 
 
-@torch.library.custom_op("linnet::triton_normalized_attention", mutates_args=())
+@operator("linnet::triton_normalized_attention")
 def normalized_op(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, gain: Tensor | None, low: Tensor, cu_seqlens: Tensor | None,
     scale: float, heads: int, floor: bool,
@@ -139,7 +139,7 @@ def _(q, k, v, g, gain, low, cu_seqlens, scale, heads, floor):
     return v.new_empty(B, T, H, V), new(H, B * T), new(rows, heads, K, V), new(rows, heads, K), *starts
 
 
-@torch.library.custom_op("linnet::triton_normalized_attention_backward", mutates_args=())
+@operator("linnet::triton_normalized_attention_backward")
 def normalized_backward_op(
     dh: Tensor, dn: Tensor | None, dS: Tensor | None, dz: Tensor | None, h: Tensor, n: Tensor, start: Tensor, z_start: Tensor,
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, gain: Tensor | None, low: Tensor, cu_seqlens: Tensor | None, scale: float,
@@ -180,7 +180,7 @@ normalized_op.register_autograd(_normalized_backward, setup_context=_normalized_
 refuse_double_backward(normalized_backward_op)
 
 
-@torch.library.custom_op("linnet::triton_running_maximum", mutates_args=())
+@operator("linnet::triton_running_maximum")
 def maximum_op(g: Tensor | None, i: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     return _kernels().running_maximum(g, i, cu_seqlens)
 

@@ -7,7 +7,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from linnet.ops._autograd import refuse_double_backward
+from linnet.ops._autograd import operator, refuse_double_backward
 from linnet.ops._dispatch import implements
 from linnet.ops.triton._support import refusal
 
@@ -21,7 +21,7 @@ def supports(arguments: dict) -> str | None:
     return refusal(arguments["x"], arguments["a"], arguments["log_a"], *(arguments["initial_state"] or ()))
 
 
-@torch.library.custom_op("linnet::triton_scan", mutates_args=())
+@operator("linnet::triton_scan")
 def scan_op(x: Tensor, a: Tensor, log: bool, h0: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """h [B, T, F] and the final state [N, F]; a [B|1, T|1, F] is the factor, or its logarithm if `log`."""
     return _kernels().forward(x, a, log, h0, cu_seqlens)
@@ -33,7 +33,7 @@ def _(x, a, log, h0, cu_seqlens):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(rows, x.shape[2], dtype=torch.float32)
 
 
-@torch.library.custom_op("linnet::triton_scan_backward", mutates_args=())
+@operator("linnet::triton_scan_backward")
 def scan_backward_op(
     dh: Tensor, dfinal: Tensor | None, h: Tensor, a: Tensor, log: bool, h0: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from linnet.ops._autograd import records, refuse_double_backward
+from linnet.ops._autograd import operator, records, refuse_double_backward
 from linnet.ops._dispatch import implements
 from linnet.ops.triton import _scan_table
 from linnet.ops.triton._support import refusal
@@ -28,7 +28,7 @@ def supports(arguments: dict) -> str | None:
     return refusal(arguments["x_BTD"], *tensors, *(arguments["initial_state"] or ()))
 
 
-@torch.library.custom_op("linnet::triton_selective_scan", mutates_args=())
+@operator("linnet::triton_selective_scan")
 def selective_scan_op(
     delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor | None, z: Tensor | None, h0: Tensor | None,
     cu_seqlens: Tensor | None, groups: int, keep: bool,
@@ -47,7 +47,7 @@ def _(delta, x, A, B, C, skip, z, h0, cu_seqlens, groups, keep):
     return x.new_empty(x.shape), final, x.new_empty((chunks, *A.shape) if keep else 0, dtype=dtype)
 
 
-@torch.library.custom_op("linnet::triton_selective_scan_backward", mutates_args=())
+@operator("linnet::triton_selective_scan_backward")
 def selective_scan_backward_op(
     dy: Tensor, dfinal: Tensor | None, kept: Tensor, delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor,
     skip: Tensor | None, z: Tensor | None, h0: Tensor | None, cu_seqlens: Tensor | None, groups: int,
