@@ -81,6 +81,14 @@ def linear(H: int, T: int, decay: str, K: int = 128, **options):
     o.sum().backward()
 
 
+def one_head():
+    """What is compiled for the number 1 in the place of any other."""
+    linear(1, 256, "channel")
+    linear(1, 256, "scalar")
+    for decay in (None, "scalar", "channel"):
+        delta_rule(1, 256, 128, decay, log_decay_min=None if decay is None else -5.0)
+
+
 def dplr(H: int, T: int, K: int, decay: str | None, **options):
     q, k, v, a, b = tensors(*[(1, T, H, K)] * 5)
     g = {None: None, "scalar": (1, T, H), "channel": (1, T, H, K)}[decay]
@@ -125,6 +133,8 @@ CALLS = {
     "delta rule, per channel": lambda: delta_rule(2, 256, 128, "channel", log_decay_min=-5.0),
     "delta rule, per channel, rest of a chunk": lambda: delta_rule(4, 250, 64, "channel", log_decay_min=-5.0),
     "dplr": lambda: dplr(2, 256, 128, "channel", log_decay_min=-0.61),
+    "gradients of one head": one_head,
+    "dplr, narrow": lambda: dplr(1, 256, 64, "channel", log_decay_min=-0.61),
     "dplr, no bound": lambda: dplr(2, 256, 128, "channel"),
     "dplr, odd sizes": lambda: dplr(1, 37, 24, None),
 }

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import torch
 
-MODULE = "linnet.ops.triton._kernel_hopper"
+MODULES = ("linnet.ops.triton._kernel_hopper", "linnet.ops.triton._kernel_hopper_dplr")
 
 
 @dataclasses.dataclass
@@ -24,6 +24,7 @@ class Rows:
 
     matrix: torch.Tensor
     block: tuple[int, int]
+    size: int  # bytes of a number on the GPU
     layout: None = None
 
     @property
@@ -38,9 +39,9 @@ class Rows:
         return tile
 
 
-def tiles(a: torch.Tensor, width: int, stride: int, rows: int, columns: int) -> Rows:
+def tiles(a: torch.Tensor, width: int, stride: int, rows: int, columns: int, size: int = 2) -> Rows:
     """As `_hopper._tiles`."""
-    return Rows(a.as_strided((a.numel() // width, width), (stride, 1)), (rows, columns))
+    return Rows(a.as_strided((a.numel() // width, width), (stride, 1)), (rows, columns), size)
 
 
 class Pointer:
@@ -109,7 +110,8 @@ class Program:
             arange=lambda start, end, layout: torch.arange(start, end),
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
             full=lambda shape, x, dtype, layout: torch.full(shape, x, dtype=dtype), convert_layout=lambda x, layout: x,
-            load=lambda p: p.values[p.element()], store=self.store, exp2=torch.exp2, minimum=lambda x, y: torch.clamp(x, max=y),
+            load=lambda p: p.values[p.element()], store=self.store, exp2=torch.exp2,
+            minimum=lambda x, y: torch.as_tensor(x).clamp(max=y),
             where=torch.where, maximum=lambda x, y: torch.clamp(x, min=y), min=lambda x, axis: x.amin(axis),
             sum=lambda x, axis: x.sum(axis), **{n: lambda *a: None for n in (
                 "NVMMADistributedLayout", "DotOperandLayout", "SliceLayout")},
@@ -144,7 +146,7 @@ class Program:
         tile = source.tile(at)
         assert not any(s.values.data_ptr() == buffer.values.data_ptr() for s, _ in self.stores), "not yet written"
         buffer.values.fill_(torch.nan)
-        bar.expected -= tile.numel() * 2  # the kernels are for 16 bit, whatever runs here
+        bar.expected -= tile.numel() * source.size
         bar.pending = (*bar.pending, (buffer, tile))
 
     def copy_out(self, out, at, buffer):
@@ -171,15 +173,16 @@ class Program:
 
 def source() -> str:
     """The kernels without the imports of their modules, and without the one attribute that tensors here do not have."""
-    with open(importlib.util.find_spec(MODULE).origin) as f:
-        tree = ast.parse(f.read())
-    tree.body = [x for x in tree.body if not isinstance(x, ast.ImportFrom)]
-    return ast.unparse(tree).replace("by_warp.type.layout", "None")
+    body = []
+    for module in MODULES:
+        with open(importlib.util.find_spec(module).origin) as f:
+            body += [x for x in ast.parse(f.read()).body if not isinstance(x, ast.ImportFrom)]
+    return ast.unparse(ast.Module(body, [])).replace("by_warp.type.layout", "None")
 
 
 class Kernel:
     def __init__(self, name: str):
-        self.name, self.code, self.launches = name, compile(source(), MODULE, "exec"), 0
+        self.name, self.code, self.launches = name, compile(source(), MODULES[0], "exec"), 0
 
     def __getitem__(self, grid):
         def launch(*args, **options):
@@ -188,8 +191,10 @@ class Kernel:
             for program in range(grid[0]):
                 seen = Program(program, grid[0])
                 names = dict(
-                    gl=seen.gl, mbarrier=seen.mbarrier, tma=seen.tma, gluon=SimpleNamespace(jit=lambda f: f),
-                    fence_async_shared=lambda: None, warpgroup_mma=seen.multiply, warpgroup_mma_wait=seen.multiply_wait,
+                    gl=seen.gl, mbarrier=seen.mbarrier, tma=seen.tma,
+                    gluon=SimpleNamespace(jit=lambda f=None, **_: f or (lambda f: f)), fence_async_shared=lambda: None,
+                    range=lambda *a: map(torch.tensor, range(*a)), warpgroup_mma=seen.multiply,
+                    warpgroup_mma_wait=seen.multiply_wait,
                 )  # fmt: skip
                 exec(self.code, names)
                 names[self.name](*args, **options)

@@ -13,8 +13,9 @@ import torch
 from accuracy import assert_is_the_recurrence, error
 
 import linnet.ops as ops
-from linnet.ops.triton import _delta, _hopper, _linear, _plan, _table
+from linnet.ops.triton import _channel, _delta, _dplr, _hopper, _linear, _plan, _table
 
+NAMES = ("gradients_hopper", "delta_hopper", "channel_hopper", "queries_hopper", "dplr_hopper")
 D, LIMIT = 64, 2e-5
 FAR = 1e-4  # the delta rule adds up log-decays in fp32: sums of a chunk of strong ones reach 2,000, where fp32 has steps of 1e-4
 
@@ -28,10 +29,12 @@ def kernels(monkeypatch, device):
     """Every call goes to the Gluon kernels; their launches by name."""
     if device != "cpu":
         pytest.skip("for the interpreter")
-    found = {name: gluon_on_cpu.Kernel(name) for name in ("gradients_hopper", "delta_hopper", "channel_hopper")}
+    found = {name: gluon_on_cpu.Kernel(name) for name in NAMES}
     for module in (_linear, _delta):
         monkeypatch.setattr(module, "_fits_hopper", lambda call, *_: call.kind != "vector")
     monkeypatch.setattr(_delta, "_fits_channel_hopper", lambda *_: True)
+    monkeypatch.setattr(_channel, "fits_hopper", lambda *_: True)
+    monkeypatch.setattr(_dplr, "_fits_hopper", lambda *_: True)
     monkeypatch.setattr(_hopper, "kernel", found.get)
     monkeypatch.setattr(_hopper, "_tiles", gluon_on_cpu.tiles)
     return found
@@ -61,6 +64,24 @@ def test_scalar_decay(kernels, decay, read):
 def test_scalar_decay_with_shared_heads_and_split_time(kernels, heads):
     x, state = operands(1, 1024 if heads[0] == 1 else 128, heads)
     check(ops.linear_attention, x, state)
+
+
+@pytest.mark.parametrize("bound", [None, -1.0])
+@pytest.mark.parametrize("strength", [0.05, 1.0, "mixed", "20", "reset"])
+def test_decay_per_channel(kernels, monkeypatch, strength, bound):
+    """Chunks that decay too far have their pairs from `far_kernel`: "mixed" has one of them, for one head of two."""
+    if bound is not None and strength not in (0.05, 1.0):
+        pytest.skip("beyond the bound")
+    monkeypatch.setitem(_table.FP32, "channel", _table.Tile(BZ=128, warps=8, M=2, stages=1))
+    monkeypatch.setattr(_plan.Call, "in_channels", property(lambda call: call.kind == "vector"))
+    x, state = operands(1, 128)
+    u = torch.rand(1, 128, 2, D, generator=torch.Generator().manual_seed(9))
+    g = {"mixed": -0.4 * u, "20": -20 * u, "reset": torch.where(u < 0.2, -torch.inf, -u)}
+    x["log_decay"] = g[strength] if isinstance(strength, str) else -strength * u
+    if strength == "mixed":
+        x["log_decay"][:, 70:90, 1, 3] = -4
+    check(ops.linear_attention, x, state, 1e-4 if strength in ("20", "reset") else LIMIT, log_decay_min=bound)
+    assert kernels["queries_hopper"].launches == 1
 
 
 @pytest.mark.parametrize("floor", ["floor", "sum"])
@@ -120,6 +141,20 @@ def test_delta_rule_with_a_write_gate_and_one_head(kernels):
     x["k"] = torch.nn.functional.normalize(x["k"], dim=-1)
     x["erase"], x["write"] = (torch.rand(1, 64, 1, generator=torch.Generator().manual_seed(s)) for s in (4, 5))
     check(ops.delta_rule, x, state)
+
+
+@pytest.mark.parametrize("V", [64, 128])
+@pytest.mark.parametrize("strength", [0.02, 0.6])
+def test_dplr(kernels, monkeypatch, strength, V):
+    """Two programs for four chunks of heads, so that each goes from one to the next."""
+    monkeypatch.setattr(_table, "DELTA_FP32", replace(_table.DELTA_FP32, C=64))
+    rng = torch.Generator().manual_seed(9)
+    x = {n: torch.randn(1, 128, 2, D, generator=rng) for n in "qka"} | {"v": torch.randn(1, 128, 2, V, generator=rng)}
+    x |= {n: torch.nn.functional.normalize(x[n], dim=-1) for n in "qka"}
+    x["b"] = -x["a"] * torch.rand(1, 128, 2, D, generator=rng)
+    x["log_decay"] = -strength * torch.rand(1, 128, 2, D, generator=rng)
+    check(ops.dplr, x, torch.randn(1, 2, D, V, generator=rng), log_decay_min=-0.61, scale=1.0)
+    assert kernels["dplr_hopper"].launches == 1
 
 
 def test_what_comes_too_early_is_noticed(kernels):

@@ -6,13 +6,12 @@ import functools
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from linnet.ops.triton import _table
+from linnet.ops.triton import _hopper, _table
 from linnet.ops.triton._kernel_channel import far_kernel, finish_kernel, keys_role, prepare_kernel, queries_role
-from linnet.ops.triton._plan import Call, rows_of
+from linnet.ops.triton._plan import Call, cdiv, next_power_of_2, rows_of
 from linnet.ops.triton._together import launch
 
 SCAN = 64  # tiles whose flags a program of `far_kernel` reads at once
@@ -30,7 +29,7 @@ class Ready:
 
 
 def width(D: int, most: int = 128) -> int:
-    return max(16, min(triton.next_power_of_2(D), most))
+    return max(16, min(next_power_of_2(D), most))
 
 
 def warps(D: int) -> int:
@@ -50,8 +49,8 @@ def prepared(call: Call, q: Tensor, k: Tensor) -> Ready:
     """Everything that does not depend on values, for all chunks at once."""
     C, K, H, g = call.tile("o").C, call.K, call.H, call.g
     BK = width(K)
-    NK, packed = triton.cdiv(K, BK), call.cu is not None
-    chunks = call.T // C + call.N if packed else call.N * triton.cdiv(call.T, C)
+    NK, packed = cdiv(K, BK), call.cu is not None
+    chunks = call.T // C + call.N if packed else call.N * cdiv(call.T, C)
     dtype = torch.bfloat16 if call.dtype == torch.float16 else call.dtype  # the factors may leave the range of fp16
     new = functools.partial(torch.empty, device=q.device)
     q, k = rows_of(q), rows_of(k)
@@ -81,11 +80,11 @@ def far(call: Call, ready: Ready, q: Tensor, k: Tensor, v: Tensor | None = None,
     q, k = rows_of(q), rows_of(k)
     v, do = (None if a is None else rows_of(a) for a in (v, do))
     count = ready.near.numel() // NF * NK
-    each = min(SCAN, max(1, triton.cdiv(count, 4 * call.processors)))
-    launch(far_kernel, (triton.cdiv(count, each),))(
+    each = min(SCAN, max(1, cdiv(count, 4 * call.processors)))
+    launch(far_kernel, (cdiv(count, each),))(
         q, k, v, do, g, ready.near, ready.pairs, *own, call.cu, call.T, call.B * call.T, call.N, stride(q), stride(k), stride(v),
         stride(do), stride(g), call.floor, call.scale, call.H, heads(q), heads(k), heads(v), heads(g), K, V, NK,
-        triton.cdiv(V, BV), NF, count, each, BK=BK, BV=BV, C=C, EXCL=call.exclusive, GRAD=do is not None,
+        cdiv(V, BV), NF, count, each, BK=BK, BV=BV, C=C, EXCL=call.exclusive, GRAD=do is not None,
         GATE=own[2] is not None, ROWS=ragged(call), COL=NK * BK != K, PACKED=call.cu is not None, SCAN=SCAN, IP=precision(call),
         num_warps=warps(width(K)),
     )  # fmt: skip
@@ -118,12 +117,15 @@ def states(a: Tensor, Z: int, *tile: int) -> TensorDescriptor:
 def keys(
     call: Call, ready: Ready, name: str, z: Tensor, *, heads: int, out: Tensor | None = None, splits: int = 1,
     S_in: Tensor | None = None, first: bool = False, scale_in: float = 1.0, S_out: Tensor | None = None, scale_out: float = 1.0,
-    total: Tensor | None = None,
+    total: Tensor | None = None, kept: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """o (z = v) or dv (z = do) to `out` [ND, B, T, H, V]; without it only the states of `heads` heads from zero and their decay."""
+    """o (z = v) or dv (z = do) to `out` [ND, B, T, H, V]; without it only the states of `heads` heads from zero and their decay.
+
+    kept [chunks, H, V, K]: where to keep the states that meet the chunks.
+    """
     t, H, D, Z = call.tile(name), heads, call.K, z.shape[3]
     C, BD, BZ = t.C, width(D), width(Z)
-    ND, NZ = triton.cdiv(D, BD), triton.cdiv(Z, BZ)
+    ND, NZ = cdiv(D, BD), cdiv(Z, BZ)
     rows = ragged(call)
     z = rows_of(z)
     desc = t.descriptors and D % BD == 0 and Z % BZ == 0 and copyable(ready.qs, ready.ks, z)
@@ -131,13 +133,15 @@ def keys(
     store = desc and t.store and out is not None and not rows and out.dtype != torch.float32
     target = TensorDescriptor(out, [out.shape[0] * call.B * call.T, H * Z], [H * Z, 1], [C, BZ]) if store else out
     state = desc and S_out is not None
+    fewer = rows or (kept is not None and out is not None)  # the states that are kept are one more tile
     launch(keys_role, (call.N * splits * H * ND * NZ,))(
         wrap(ready.qs, BD), wrap(ready.ks, BD), wrap(z, BZ), ready.dec, ready.near, ready.pairs, target, S_in,
-        states(S_out, Z, BD, BZ) if state else S_out, total, call.cu, call.T, call.B * call.T, stride(z), call.scale, scale_in,
-        scale_out, H, call.H, z.shape[2], 1 if S_in is None else S_in.shape[1], H if S_out is None else S_out.shape[1], D, Z, ND,
-        NZ, splits, BD=BD, BZ=BZ, C=C, M=call.block // C, STAGES=max(1, t.stages - rows), REV=name == "dv", EXCL=call.exclusive,
-        OUT=out is not None, FAR=call.far, DESC=desc, ROWS=rows, COL_D=D % BD != 0, COL_Z=Z % BZ != 0,
-        PACKED=call.cu is not None, HAS_IN=S_in is not None, FIRST=first, HAS_OUT=S_out is not None, OUT_DESC=state, STORE=store,
+        states(S_out, Z, BD, BZ) if state else S_out, None if kept is None else states(kept, D, BZ, BD), total, call.cu, call.T,
+        call.B * call.T, stride(z), call.scale, scale_in, scale_out, H, call.H, z.shape[2],
+        1 if S_in is None else S_in.shape[1], H if S_out is None else S_out.shape[1], D, Z, ND, NZ, splits, BD=BD, BZ=BZ, C=C,
+        M=call.block // C, STAGES=max(1, t.stages - fewer), REV=name == "dv", EXCL=call.exclusive, OUT=out is not None,
+        FAR=call.far, DESC=desc, ROWS=rows, COL_D=D % BD != 0, COL_Z=Z % BZ != 0, PACKED=call.cu is not None,
+        HAS_IN=S_in is not None, FIRST=first, HAS_OUT=S_out is not None, OUT_DESC=state, STORE=store, STATES=kept is not None,
         IP=precision(call), num_warps=warps(BD),
     )  # fmt: skip
 
@@ -149,7 +153,7 @@ def queries(
     """dq~ (x, y = do, v) or dk~ (v, do) to `out` [ND, B, T, H, K] in fp32."""
     t, H, D, Z = call.tile(name), call.H, x.shape[3], call.K
     C, BD, BZ = t.C, width(D), width(Z)
-    ND, NZ = triton.cdiv(D, BD), triton.cdiv(Z, BZ)
+    ND, NZ = cdiv(D, BD), cdiv(Z, BZ)
     rows = ragged(call)
     x, y, zs = rows_of(x), rows_of(y), ready.ks if name == "dq" else ready.qs
     desc = t.descriptors and D % BD == 0 and Z % BZ == 0 and copyable(x, y, zs)
@@ -168,10 +172,37 @@ def queries(
     )  # fmt: skip
 
 
+def fits_hopper(call: Call, *operands: Tensor) -> bool:
+    """Whether `queries_hopper` has this call."""
+    simple = call.cu is None and not call.exclusive and call.T % call.block == 0 and all(a.shape[2] == call.H for a in operands)
+    kind = call.dtype == torch.bfloat16 and call.g.dtype == torch.float32
+    return simple and kind and call.K == call.V == 128 and call.on_hopper and copyable(*operands, call.g)
+
+
+def of_chunks(
+    call: Call, ready: Ready, do: Tensor, q: Tensor, k: Tensor, v: Tensor, S_in, splits: int, adjoints: Tensor, gate: bool
+):
+    """As `gradients`, all of a chunk in one program; adjoints [chunks, H, V, K]: kept by the pass for dv."""
+    B, T, H, K, V, C = call.B, call.T, call.H, call.K, call.V, call.tile("o").C
+    kept = torch.empty_like(adjoints)
+    keys(call, ready, "o", v, heads=H, splits=splits, S_in=S_in, kept=kept)
+    dq, dk = (torch.empty(B, T, H, K, dtype=a.dtype, device=a.device) for a in (q, k))
+    dg = torch.empty(B, T, H, K, dtype=torch.float32, device=q.device) if gate else None
+    far(call, ready, q, k, v, do, (dq, dk, dg))
+    D = 32
+    tiles = [_hopper.of_tokens(a, C, D) for a in (ready.qs, ready.ks)] + [_hopper.of_tokens(a, C, V) for a in (v, do)]
+    tiles += [_hopper.of_states(a, V, D) for a in (kept, adjoints)] + [_hopper.of_tokens(a, C, D) for a in (dq, dk)]
+    launch(_hopper.kernel("queries_hopper"), (adjoints.shape[0] * H,))(
+        *tiles, dq, dk, _hopper.of_tokens(call.g, C, D, 4), ready.dec, ready.near, dg, call.scale, call.floor, H,
+        H // heads(call.g), C=C, V=V, D=D, ND=K // D, GATE=gate, FAR=call.far, num_warps=4,
+    )  # fmt: skip
+    return dq[None], dk[None], None if dg is None else dg[None]
+
+
 def gradients(call: Call, ready: Ready, do: Tensor, q: Tensor, k: Tensor, v: Tensor, S_in: Tensor | None, into: dict, gate: bool):
     """dq, dk [1, B, T, H, K] and dg (None without `gate`); `into`: where the adjoint state comes from."""
     B, T, H, K, BK, C = call.B, call.T, call.H, call.K, width(call.K), call.tile("o").C
-    ND, NK, NB = triton.cdiv(call.V, width(call.V)), triton.cdiv(K, BK), call.block_count()
+    ND, NK, NB = cdiv(call.V, width(call.V)), cdiv(K, BK), call.block_count()
     new = functools.partial(torch.empty, device=q.device)
     part = functools.partial(new, B, T, H, K)
     dq, dk = (part(dtype=a.dtype if a.shape[2] == H else torch.float32) for a in (q, k))

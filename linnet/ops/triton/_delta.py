@@ -6,7 +6,6 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -17,7 +16,7 @@ from linnet.ops.triton._kernel_delta_frame import gradients_frame, gradients_nea
 from linnet.ops.triton._kernel_delta_vector import gradients_vector, prepare_vector
 from linnet.ops.triton._kernel_scalar import gate_kernel
 from linnet.ops.triton._linear import _fold
-from linnet.ops.triton._plan import WIDEST, DeltaCall, rows_of
+from linnet.ops.triton._plan import WIDEST, DeltaCall, cdiv, next_power_of_2, rows_of
 from linnet.ops.triton._together import launch, together
 
 INVERSE_TYPES = {"float16": tl.float16, "bfloat16": tl.bfloat16, "float32": tl.float32}
@@ -36,7 +35,7 @@ class Prepared(NamedTuple):
 
 
 def _width(size: int, most: int) -> int:
-    return max(16, min(triton.next_power_of_2(size), most))
+    return max(16, min(next_power_of_2(size), most))
 
 
 def _stride(x: Tensor | None) -> int:
@@ -78,7 +77,7 @@ def prepare(call: DeltaCall, q, k, p, g, erase, write) -> Prepared:
         kernel, own = (prepare_frame, {}) if call.framed else (prepare_vector, call.levels)
         launch(kernel, (NB * H,))(
             *operands, inverse, pairs, *decayed, factors, carry, call.cu, call.T, tokens, call.N, *strides, call.scale, call.floor,
-            H, *sharing, K, triton.cdiv(K, BD), DT=call.triton_dtype(tl), **own, **shared,
+            H, *sharing, K, cdiv(K, BD), DT=call.triton_dtype(tl), **own, **shared,
         )  # fmt: skip
         return Prepared(inverse, pairs, factors, carry, *decayed)
     carry = new(H, NB, dtype=torch.float32)
@@ -87,7 +86,7 @@ def prepare(call: DeltaCall, q, k, p, g, erase, write) -> Prepared:
     matrices = tuple(TensorDescriptor(x, [x.numel() // C, C], [C, 1], [C, C]) if desc else x for x in (inverse, pairs))
     launch(prepare_scalar, (NB * H,))(
         *tiles, g, erase, write, *matrices, factors, carry, call.cu, call.T, tokens, call.N, NB, *strides, call.scale, H,
-        *sharing, K, triton.cdiv(K, BD), DECAY=g is not None, DESC=desc, **shared,
+        *sharing, K, cdiv(K, BD), DECAY=g is not None, DESC=desc, **shared,
     )  # fmt: skip
     return Prepared(inverse, pairs, factors, carry, *(q.new_empty(0) for _ in range(3)))
 
@@ -121,7 +120,7 @@ class _Launch:
         desc = t.descriptors and K == BD and V % BV == 0 and _aligned(q, e, p, values, gate)
         self.store = desc and not call.ragged
         self.desc, self.BV, self.H, self.V = desc, BV, call.H, V
-        self.NV = triton.cdiv(V, BV)
+        self.NV = cdiv(V, BV)
         self.inputs, self.gate = [q, e, p, values], gate
         self.matrices = [prepared.inverse, prepared.pairs]
         if desc:
@@ -259,7 +258,7 @@ def backward(
     t = call.tile("gradients")
     fast = _fits_hopper(call, q, k, p, v, do, erase)
     BD, BV = K if fast else _width(K, t.BD), _width(V, 128)
-    ND, NV = triton.cdiv(K, BD), triton.cdiv(V, BV)
+    ND, NV = cdiv(K, BD), cdiv(V, BV)
     out = lambda a: new(1, B, T, H, K, dtype=dtype if a.shape[2] == H else torch.float32)
     vector = call.kind == "vector"
     dq, dp = out(q), out(p)
@@ -298,10 +297,12 @@ def backward(
             kernels = (gradients_frame,)
             _of_channels(call, prepared, q, p, x, y, do, g, erase, states, adjoints, dq, dp, dg, derase, ND, gate)
         for kernel in kernels:
-            launch(kernel, (NB * H * ND,))(
+            whole = kernel is gradients_frame  # one program for all tiles of a chunk
+            launch(kernel, (NB * H * (1 if whole else ND),))(
                 *inputs, g_tiles, prepared.carry, erase_tiles, *kept, *results[:3], derase_tiles, results[3], cu, T, B * T, call.N,
                 *strides, _stride(g), _stride(erase), scale, call.floor, H, *sharing(q, k, p, g, erase), K, V, ND,
-                GATE=gate, DESC=desc, STORE=store, DT=call.triton_dtype(tl), **own, **shared,
+                GATE=gate, DESC=desc, STORE=store, DT=call.triton_dtype(tl),
+                **(dict(BK=next_power_of_2(K)) if whole else own), **shared,
             )  # fmt: skip
     elif fast:
         dg = _of_chunks(call, prepared, q, p, x, y, do, erase, states, adjoints, dq, dp, derase, gate)
@@ -314,9 +315,9 @@ def backward(
     values = y[None]
     if write is not None:
         values = new(1, B, T, H, V, dtype=dtype if v.shape[2] == H else torch.float32)
-        launch(value_gradients, (triton.cdiv(B * T, 32) * H,))(
+        launch(value_gradients, (cdiv(B * T, 32) * H,))(
             v, y, write, prepared.factors, values, dwrite, B * T, _stride(v), _stride(write), H, *sharing(v, write), V,
-            triton.cdiv(V, 128), CHANNELS=_gate_kind(write) == 2, ROWS=32, BV=_width(V, 128), num_warps=4,
+            cdiv(V, 128), CHANNELS=_gate_kind(write) == 2, ROWS=32, BV=_width(V, 128), num_warps=4,
         )  # fmt: skip
     gates = lambda a: a if a is None or a.ndim == 5 else a.sum(0).view(H, B, T).permute(1, 2, 0)[None, ..., None]  # [1, B, T, H, 1]
     if not vector:

@@ -6,15 +6,15 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from linnet.ops.triton import _hopper
 from linnet.ops.triton._delta import INVERSE_TYPES, _aligned, _join, _sharing, _spread, _stride, _width, _wrapped
 from linnet.ops.triton._kernel_dplr import fold, gradients, prepare, solved, sweep
 from linnet.ops.triton._linear import _fold
-from linnet.ops.triton._plan import WIDEST, DplrCall, rows_of
+from linnet.ops.triton._plan import WIDEST, DplrCall, cdiv, rows_of
 from linnet.ops.triton._together import launch, together
 
 
@@ -51,7 +51,7 @@ def prepared(call: DplrCall, q, k, a, b, g) -> Prepared:
         t = call.tile(part)
         BD = _width(K, t.BD)
         launch(kernel, (NB * H,))(
-            *operands, *tensors, *numbers, triton.cdiv(K, BD), BD=BD, ROWS=call.ragged, COL=K % max(BD, BN) != 0, num_stages=1,
+            *operands, *tensors, *numbers, cdiv(K, BD), BD=BD, ROWS=call.ragged, COL=K % max(BD, BN) != 0, num_stages=1,
             num_warps=t.warps, maxnreg=t.registers, **_decays(call), **options,
         )  # fmt: skip
 
@@ -85,7 +85,7 @@ def swept(
     read, write, transfer, pairs = (ready.write, ready.read, *ready[2:4]) if reverse else ready[:4]
     desc = t.descriptors and K == BD and V % BV == 0 and _aligned(read, write, values)
     store = desc and not call.ragged and states is None  # bulk stores of the states and of `out` exceed the shared memory
-    NV, (heads,), stride = triton.cdiv(V, BV), _sharing(H, values), _stride(values)
+    NV, (heads,), stride = cdiv(V, BV), _sharing(H, values), _stride(values)
     if desc:
         read, write = _wrapped(read, C, BD), _wrapped(write, C, BD)
         values = None if values is None else _wrapped(values, C, BV)
@@ -102,12 +102,12 @@ def swept(
     )  # fmt: skip
 
 
-def solutions(call: DplrCall, ready: Prepared, v, do, states, adjoints) -> tuple[Tensor, Tensor, Tensor]:
-    """R and X [B, T, H, V], and the products of values that the gradients use [4, NB, H, C, C]."""
+def solutions(call: DplrCall, ready: Prepared, v, do, states, adjoints, multiply: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """R and X [B, T, H, V]; with `multiply` the products of values that the gradients use [4, NB, H, C, C]."""
     t, C, H, K, V = call.tile("solved"), call.C, call.H, call.K, call.V
     BD, BV = _width(K, WIDEST), _width(V, t.BV)
     r, x = (torch.empty(call.B, call.T, H, V, dtype=v.dtype, device=v.device) for _ in range(2))
-    products = torch.empty(4, call.chunks, H, C, C, dtype=v.dtype, device=v.device)
+    products = torch.empty(4, call.chunks, H, C, C, dtype=v.dtype, device=v.device) if multiply else None
     strides, (heads,) = (_stride(v), _stride(do)), _sharing(H, v)
     rows, matrices = ready[4:6], ready[6:9]
     desc = t.descriptors and K == BD and V % BV == 0 and _aligned(v, do)
@@ -117,8 +117,9 @@ def solutions(call: DplrCall, ready: Prepared, v, do, states, adjoints) -> tuple
         states, adjoints = _matrices(states, BV, K), _matrices(adjoints, BV, K)
     launch(solved, (call.chunks * H,))(
         v, do, *rows, *matrices, states, adjoints, r, x, products, call.cu, call.T, call.N, call.chunks, *strides, call.scale, H,
-        heads, K, V, triton.cdiv(V, BV), BD=BD, BV=BV, C=C, DESC=desc, ROWS=call.ragged, COL_D=K != BD, COL_V=V % BV != 0,
-        PACKED=call.cu is not None, IP=call.precision, num_warps=t.warps, num_stages=t.stages, maxnreg=t.registers,
+        heads, K, V, cdiv(V, BV), BD=BD, BV=BV, C=C, DESC=desc, ROWS=call.ragged, COL_D=K != BD, COL_V=V % BV != 0,
+        PACKED=call.cu is not None, PRODUCTS=multiply, IP=call.precision, num_warps=t.warps, num_stages=t.stages,
+        maxnreg=t.registers,
     )  # fmt: skip
     return r, x, products
 
@@ -170,11 +171,15 @@ def backward(do, dS, states, maps, ready, q, k, a, b, v, g, cu, scale: float, he
     else:
         dS0 = new(call.N, H, K, V, dtype=torch.float32)
         swept(call, ready, do, reverse=True, S_in=dS, first=True, S_out=dS0, out=dv, states=adjoints)
-    r, x, products = solutions(call, ready, v, do, states, adjoints)
+    fast = _fits_hopper(call, q, k, a, b, v, do, g)
+    r, x, products = solutions(call, ready, v, do, states, adjoints, not fast)
     out = lambda n: new(1, B, T, H, K, dtype=dtype if n == H else torch.float32)
     grads = [out(y.shape[2]) for y in (q, k, a, b)]
     dg = new(1, B, T, H, K, dtype=torch.float32) if g is not None and need_dg else None
-    _gradients(call, q, k, a, b, v, r, do, x, g, products, ready.carry, states, adjoints, [*grads, dg])
+    if fast:
+        _of_chunks(call, q, k, a, b, v, r, do, x, g, ready.carry, states, adjoints, grads, dg)
+    else:
+        _gradients(call, q, k, a, b, v, r, do, x, g, products, ready.carry, states, adjoints, [*grads, dg])
     if dg is not None and call.kind == "scalar":
         dg = dg.sum(-1, keepdim=True)
     folded = [
@@ -184,10 +189,31 @@ def backward(do, dS, states, maps, ready, q, k, a, b, v, g, cu, scale: float, he
     return folded, dS0 if H == heads else dS0.unflatten(1, (heads, -1)).sum(2)
 
 
+def _fits_hopper(call: DplrCall, q, k, a, b, v, do, g) -> bool:
+    """Whether `dplr_hopper` has this call: whole chunks of one frame, a decay per channel, no shared heads."""
+    if not call.on_hopper or call.kind != "vector" or call.ragged or not call.frame == call.C == 64:
+        return False
+    alone = all(y.shape[2] == call.H for y in (q, k, a, b, v, g))
+    sizes = call.V in (64, 128) and call.K % 64 == 0 and call.dtype == torch.bfloat16 and g.dtype == torch.float32
+    return alone and sizes and _aligned(q, k, a, b, v, do, g)
+
+
+def _of_chunks(call: DplrCall, q, k, a, b, v, r, do, x, g, carry, states, adjoints, grads: list, dg: Tensor | None):
+    """Fills grads = dq, dk, da, db, and dg by `dplr_hopper`."""
+    C, H, V, D, count = call.C, call.H, call.V, 32, call.chunks * call.H
+    dq, dk, da, db = grads
+    tiles = [_hopper.of_tokens(y, C, C) for y in (do, x, v, r)] + [_hopper.of_tokens(y, C, D) for y in (q, a, k, b)]
+    tiles += [_hopper.of_tokens(g, C, D, 4)] + [_hopper.of_states(y, V, D) for y in (states, adjoints)]
+    tiles += [_hopper.of_tokens(y[0], C, D) for y in (dq, da, dk, db)]
+    launch(_hopper.kernel("dplr_hopper"), (min(count, call.processors),))(
+        *tiles, dg, carry, call.scale, call.floor, count, H, C=C, V=V, D=D, ND=call.K // D, GATE=dg is not None, num_warps=8,
+    )  # fmt: skip
+
+
 def _gradients(call: DplrCall, q, k, a, b, v, r, do, x, g, products, carry, states, adjoints, results: list):
     t, C, H, K, V = call.tile("gradients"), call.C, call.H, call.K, call.V
     BD, BV = _width(K, t.BD), _width(V, WIDEST)
-    ND = triton.cdiv(K, BD)
+    ND = cdiv(K, BD)
     keys, values, gate = (q, k, a, b), (v, r, do, x), results[4] is not None
     strides = tuple(_stride(y) for y in (*keys, v, do, g))
     heads = (H, *_sharing(H, *keys, v, g))

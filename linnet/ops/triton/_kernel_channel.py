@@ -181,18 +181,19 @@ def near_products(qs, ks, REV: tl.constexpr, EXCL: tl.constexpr, IP: tl.constexp
 
 @triton.jit
 def keys_role(
-    qs, ks, z, dec, near, pairs, o, S_in, S_out, total, cu, T, BT, stride_z, scale, scale_in, scale_out,
+    qs, ks, z, dec, near, pairs, o, S_in, S_out, states, total, cu, T, BT, stride_z, scale, scale_in, scale_out,
     H, HP, Hz, H_in, H_out, D, Z, ND, NZ, NS,
     BD: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr, M: tl.constexpr, STAGES: tl.constexpr,
     REV: tl.constexpr, EXCL: tl.constexpr, OUT: tl.constexpr, FAR: tl.constexpr, DESC: tl.constexpr, ROWS: tl.constexpr,
     COL_D: tl.constexpr, COL_Z: tl.constexpr, PACKED: tl.constexpr, HAS_IN: tl.constexpr, FIRST: tl.constexpr,
-    HAS_OUT: tl.constexpr, OUT_DESC: tl.constexpr, STORE: tl.constexpr, IP: tl.constexpr,
+    HAS_OUT: tl.constexpr, OUT_DESC: tl.constexpr, STORE: tl.constexpr, STATES: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """o (z = v), or with REV dv (z = do); S is the state or its adjoint, transposed [Z, D].
 
     S_in [rows*NS, H_in, D, Z] enters times scale_in, only into the first head of a group if FIRST; S_out is written times
     scale_out. Without OUT only the state (from zero) and its `total` decay are written, of H of the HP heads.
     pairs [chunks, HP, ND, C, C]: the decayed products [s, t] of chunks that are not near.
+    STATES: keep what meets the queries, or the keys, of every chunk: states [chunks*HP*Z, D], a descriptor.
     """
     pid = tl.program_id(0)
     iz = pid % NZ
@@ -240,6 +241,8 @@ def keys_role(
                 S = S * decay[None, :]
         else:
             S = S * pending[None, :]
+        if STATES:
+            states.store([(at_chunk * Z + cz).to(tl.int32), cd], S.to(BF))
         if OUT:
             if FAR:
                 if is_near:
@@ -269,7 +272,7 @@ def keys_role(
                 S_out.store([(part * H_out + h // rep) * D + cd, cz], tl.trans(S * scale_out))
         else:
             save_state(S_out, S * scale_out, part, h, H, H_out, cd + d, cz + zz, D, Z, Z, 1, True)
-    if not OUT:
+    if not (OUT or STATES):
         if iz == 0:
             tl.store(total + (part * H + h).to(tl.int64) * D + cd + d, tl.log2(passed), mask=cd + d < D)
 

@@ -126,9 +126,9 @@ def prepare_frame(
 
 
 @triton.jit
-def keeps_enough(carry, index, d, K):
-    """Whether a chunk keeps 2^-96 of every one of its key channels d."""
-    return tl.min(tl.load(carry + index.to(tl.int64) * K + d, mask=d < K, other=1.0), 0) >= LEAST
+def least_kept(carry, index, d, K):
+    """What a chunk keeps of that one of its key channels d of which it keeps least."""
+    return tl.min(tl.load(carry + index.to(tl.int64) * K + d, mask=d < K, other=1.0), 0)
 
 
 @triton.jit
@@ -171,7 +171,7 @@ def gradients_near(
     index = chunk * H + h
     cd = id * BD
     d = tl.arange(0, BD)
-    if not keeps_enough(carry, index, cd + d, K):  # left to `gradients_frame`
+    if least_kept(carry, index, cd + d, K) < LEAST:  # left to `gradients_frame`
         left = 0
     if left > 0:
         row64 = row.to(tl.int64)
@@ -287,126 +287,129 @@ def gradients_frame(
     BD: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr, C: tl.constexpr,
     ERASE: tl.constexpr, SAME: tl.constexpr, EXCL: tl.constexpr, BEFORE: tl.constexpr, GATE: tl.constexpr,
     DESC: tl.constexpr, STORE: tl.constexpr, ROWS: tl.constexpr, COL_D: tl.constexpr, COL_V: tl.constexpr, PACKED: tl.constexpr,
-    DT: tl.constexpr, IP: tl.constexpr,
+    BK: tl.constexpr, DT: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """`gradients_near` for tiles with a channel of which the chunk keeps less than 2^-96: two frames, and the pairs across them."""
-    pid = tl.program_id(0)
-    id = pid % ND
-    h = (pid // ND) % H
-    chunk = pid // (ND * H)
+    """`gradients_near` for tiles with a channel of which the chunk keeps less than 2^-96: two frames, and the pairs across them.
+
+    A program per chunk and head, which most often has no such tile: to see that takes as long as to fetch one number.
+    """
+    h = tl.program_id(0) % H
+    chunk = tl.program_id(0) // H
     row, left = chunk_rows(cu, chunk, T, N, C, PACKED)
-    if keeps_enough(carry, chunk * H + h, id * BD + tl.arange(0, BD), K):  # left to `gradients_near`
+    if least_kept(carry, chunk * H + h, tl.arange(0, BK), K) >= LEAST:  # left to `gradients_near`
         left = 0
     if left > 0:
-        row64 = row.to(tl.int64)
-        r = tl.arange(0, C)
-        i = r[:, None]
-        j = r[None, :]
-        ok = r < left
-        d = tl.arange(0, BD)
-        v = tl.arange(0, BV)
-        cd = id * BD
-        index = chunk * H + h
-        OT: tl.constexpr = dq.dtype if STORE else dq.dtype.element_ty
-        wide = H * K
-        column = h * K + cd
-        tl.static_assert(NV == 1)
-        be = gate_column(erase, row64 + r, stride_e, h // Re, ok, ERASE == 1)[:, None]
-        gb = load_tile(g, row, ok, stride_g, (h // Rg) * K + cd, K - cd, d, DESC, ROWS, COL_D)
-        gb = tl.maximum(gb.to(tl.float32), floor)
-        pb = load_tile(p, row, ok, stride_p, (h // Rp) * K + cd, K - cd, d, DESC, ROWS, COL_D)
-        xb = load_tile(x, row, ok, H * V, h * V, V, v, DESC, ROWS, COL_V)
-        E = running((i // F == j // F) & (i >= j), gb, DT) * LOG2E
-        half = (i % F) < F // 2
-        total1 = tl.sum(tl.where(i < F, gb, 0.0), 0) * LOG2E
-        total2 = tl.sum(tl.where(i >= F, gb, 0.0), 0) * LOG2E
-        anchor1 = tl.ceil(tl.sum(tl.where((i < F) & half, gb, 0.0), 0) * LOG2E)
-        anchor2 = tl.ceil(tl.sum(tl.where((i >= F) & half, gb, 0.0), 0) * LOG2E)
-        one = tl.full([BD], 1.0, tl.float32)
-        anchor = per_frame(anchor1, anchor2, C)
-        begins = per_frame(tl.exp2(anchor1), tl.exp2(anchor2), C)  # from the anchor to the frame's start
-        ends = per_frame(tl.exp2(total1 - anchor1), tl.exp2(total2 - anchor2), C)
-        writer = shifted_exp2(-E, anchor)
-        written = (pb * writer).to(DT)
-        written_on = (pb * (writer * ends)).to(DT)
-        reader = reader_of(E, gb, anchor, EXCL)
-        # ---- reads: q
-        ob = load_tile(do, row, ok, stride_o, h * V, V, v, DESC, ROWS, COL_V)
-        qb = load_tile(q, row, ok, stride_q, (h // Rq) * K + cd, K - cd, d, DESC, ROWS, COL_D)
-        Sb = state_tile(S, index, 0, cd, v, d, V, K, DESC, COL_D or COL_V)
-        far = per_frame(one, tl.exp2(total1), C)
-        pair = tl.dot(ob, tl.trans(xb), input_precision=IP) * scale  # [t, s]
-        own = tl.sum(tl.where(i == j, pair, 0.0), 1)[:, None]
-        read = (qb * reader).to(DT)
-        read_on = (qb * (reader * begins)).to(DT)
-        G = tl.dot(ob, Sb, input_precision=IP) * (reader * begins * far * scale)
-        now = G * qb
-        Y = tl.dot(masked(pair, True, True, C, DT), written, input_precision=IP)
-        G += Y * reader
-        now += Y * read
-        Y = tl.dot(masked(pair, False, True, C, DT), written_on, input_precision=IP)
-        G += Y * (reader * begins)
-        now += Y * read_on
-        if EXCL:
-            later = now
-            now = tl.zeros([C, BD], tl.float32)
-        else:
-            later = tl.zeros([C, BD], tl.float32)
-            G += own * pb.to(tl.float32)
-        store_tile(dq, G.to(OT), row, row64, ok, wide, column, K - cd, d, STORE, ROWS, COL_D)
-        # ---- erasures: e
-        yb = load_tile(y, row, ok, H * V, h * V, V, v, DESC, ROWS, COL_V)
-        if SAME:
-            kb = pb
-        else:
-            kb = load_tile(k, row, ok, stride_k, (h // Rk) * K + cd, K - cd, d, DESC, ROWS, COL_D)
-        if EXCL != BEFORE:
-            reader = reader_of(E, gb, anchor, BEFORE)
-        pair = -tl.dot(yb, tl.trans(xb), input_precision=IP)
-        if ERASE == 2:
-            be = load_tile(erase, row, ok, stride_e, (h // Re) * K + cd, K - cd, d, DESC, ROWS, COL_D).to(tl.float32)
-        ke = kb * be
-        erased = (ke * reader).to(DT)
-        erased_on = (ke * (reader * begins)).to(DT)
-        G = tl.dot(yb, Sb, input_precision=IP) * (reader * begins * (0.0 - far))
-        flow = G * ke
-        Y = tl.dot(masked(pair, True, True, C, DT), written, input_precision=IP)
-        G += Y * reader
-        flow += Y * erased
-        Y = tl.dot(masked(pair, False, True, C, DT), written_on, input_precision=IP)
-        G += Y * (reader * begins)
-        flow += Y * erased_on
-        if BEFORE:
-            later += flow
-        else:
-            now += flow
-        Ge = keep_erasures(
-            G, kb, be, derase, dk, (id * H + h).to(tl.int64) * BT, row, row64, r, ok, wide, column, K - cd, d, ERASE, SAME, STORE,
-            ROWS, COL_D,
-        )  # fmt: skip
-        # ---- writes: p
-        Rb = state_tile(R, index, 0, cd, v, d, V, K, DESC, COL_D or COL_V)
-        G = tl.dot(xb, Rb, input_precision=IP) * (writer * ends * per_frame(tl.exp2(total2), one, C))
-        if GATE:
-            whole = tl.sum(Rb.to(tl.float32) * Sb.to(tl.float32), 0) * tl.exp2(total1 + total2)
-            sums = running(i > j, G * pb, DT) + whole[None, :]
-        pair = tl.dot(xb, tl.trans(ob), input_precision=IP) * scale  # [s, t]
-        gone = -tl.dot(xb, tl.trans(yb), input_precision=IP)
-        Y = tl.dot(masked(pair, True, False, C, DT), read, input_precision=IP)
-        Y = tl.dot(masked(gone, True, False, C, DT), erased, Y, input_precision=IP)
-        G += Y * writer
-        now -= Y * written
-        Y = tl.dot(masked(pair, False, False, C, DT), read_on, input_precision=IP)
-        Y = tl.dot(masked(gone, False, False, C, DT), erased_on, Y, input_precision=IP)
-        G += Y * (writer * ends)
-        now -= Y * written_on
-        if not EXCL:
-            G += own * qb.to(tl.float32)
-        if SAME:
-            G += Ge
-        store_tile(dp, G.to(OT), row, row64, ok, wide, column, K - cd, d, STORE, ROWS, COL_D)
-        if GATE:
-            sums += running(i <= j, now, DT)
-            if EXCL or BEFORE:
-                sums += running(i < j, later, DT)
-            store_tile(dg, sums, row, row64, ok, wide, column, K - cd, d, STORE, ROWS, COL_D)
+        for id in tl.range(0, ND, num_stages=1, disable_licm=True):
+            if least_kept(carry, chunk * H + h, id * BD + tl.arange(0, BD), K) < LEAST:
+                row64 = row.to(tl.int64)
+                r = tl.arange(0, C)
+                i = r[:, None]
+                j = r[None, :]
+                ok = r < left
+                d = tl.arange(0, BD)
+                v = tl.arange(0, BV)
+                cd = id * BD
+                index = chunk * H + h
+                OT: tl.constexpr = dq.dtype if STORE else dq.dtype.element_ty
+                wide = H * K
+                column = h * K + cd
+                tl.static_assert(NV == 1)
+                be = gate_column(erase, row64 + r, stride_e, h // Re, ok, ERASE == 1)[:, None]
+                gb = load_tile(g, row, ok, stride_g, (h // Rg) * K + cd, K - cd, d, DESC, ROWS, COL_D)
+                gb = tl.maximum(gb.to(tl.float32), floor)
+                pb = load_tile(p, row, ok, stride_p, (h // Rp) * K + cd, K - cd, d, DESC, ROWS, COL_D)
+                xb = load_tile(x, row, ok, H * V, h * V, V, v, DESC, ROWS, COL_V)
+                E = running((i // F == j // F) & (i >= j), gb, DT) * LOG2E
+                half = (i % F) < F // 2
+                total1 = tl.sum(tl.where(i < F, gb, 0.0), 0) * LOG2E
+                total2 = tl.sum(tl.where(i >= F, gb, 0.0), 0) * LOG2E
+                anchor1 = tl.ceil(tl.sum(tl.where((i < F) & half, gb, 0.0), 0) * LOG2E)
+                anchor2 = tl.ceil(tl.sum(tl.where((i >= F) & half, gb, 0.0), 0) * LOG2E)
+                one = tl.full([BD], 1.0, tl.float32)
+                anchor = per_frame(anchor1, anchor2, C)
+                begins = per_frame(tl.exp2(anchor1), tl.exp2(anchor2), C)  # from the anchor to the frame's start
+                ends = per_frame(tl.exp2(total1 - anchor1), tl.exp2(total2 - anchor2), C)
+                writer = shifted_exp2(-E, anchor)
+                written = (pb * writer).to(DT)
+                written_on = (pb * (writer * ends)).to(DT)
+                reader = reader_of(E, gb, anchor, EXCL)
+                # ---- reads: q
+                ob = load_tile(do, row, ok, stride_o, h * V, V, v, DESC, ROWS, COL_V)
+                qb = load_tile(q, row, ok, stride_q, (h // Rq) * K + cd, K - cd, d, DESC, ROWS, COL_D)
+                Sb = state_tile(S, index, 0, cd, v, d, V, K, DESC, COL_D or COL_V)
+                far = per_frame(one, tl.exp2(total1), C)
+                pair = tl.dot(ob, tl.trans(xb), input_precision=IP) * scale  # [t, s]
+                own = tl.sum(tl.where(i == j, pair, 0.0), 1)[:, None]
+                read = (qb * reader).to(DT)
+                read_on = (qb * (reader * begins)).to(DT)
+                G = tl.dot(ob, Sb, input_precision=IP) * (reader * begins * far * scale)
+                now = G * qb
+                Y = tl.dot(masked(pair, True, True, C, DT), written, input_precision=IP)
+                G += Y * reader
+                now += Y * read
+                Y = tl.dot(masked(pair, False, True, C, DT), written_on, input_precision=IP)
+                G += Y * (reader * begins)
+                now += Y * read_on
+                if EXCL:
+                    later = now
+                    now = tl.zeros([C, BD], tl.float32)
+                else:
+                    later = tl.zeros([C, BD], tl.float32)
+                    G += own * pb.to(tl.float32)
+                store_tile(dq, G.to(OT), row, row64, ok, wide, column, K - cd, d, STORE, ROWS, COL_D)
+                # ---- erasures: e
+                yb = load_tile(y, row, ok, H * V, h * V, V, v, DESC, ROWS, COL_V)
+                if SAME:
+                    kb = pb
+                else:
+                    kb = load_tile(k, row, ok, stride_k, (h // Rk) * K + cd, K - cd, d, DESC, ROWS, COL_D)
+                if EXCL != BEFORE:
+                    reader = reader_of(E, gb, anchor, BEFORE)
+                pair = -tl.dot(yb, tl.trans(xb), input_precision=IP)
+                if ERASE == 2:
+                    be = load_tile(erase, row, ok, stride_e, (h // Re) * K + cd, K - cd, d, DESC, ROWS, COL_D).to(tl.float32)
+                ke = kb * be
+                erased = (ke * reader).to(DT)
+                erased_on = (ke * (reader * begins)).to(DT)
+                G = tl.dot(yb, Sb, input_precision=IP) * (reader * begins * (0.0 - far))
+                flow = G * ke
+                Y = tl.dot(masked(pair, True, True, C, DT), written, input_precision=IP)
+                G += Y * reader
+                flow += Y * erased
+                Y = tl.dot(masked(pair, False, True, C, DT), written_on, input_precision=IP)
+                G += Y * (reader * begins)
+                flow += Y * erased_on
+                if BEFORE:
+                    later += flow
+                else:
+                    now += flow
+                Ge = keep_erasures(
+                    G, kb, be, derase, dk, (id * H + h).to(tl.int64) * BT, row, row64, r, ok, wide, column, K - cd, d, ERASE, SAME,
+                    STORE, ROWS, COL_D,
+                )  # fmt: skip
+                # ---- writes: p
+                Rb = state_tile(R, index, 0, cd, v, d, V, K, DESC, COL_D or COL_V)
+                G = tl.dot(xb, Rb, input_precision=IP) * (writer * ends * per_frame(tl.exp2(total2), one, C))
+                if GATE:
+                    whole = tl.sum(Rb.to(tl.float32) * Sb.to(tl.float32), 0) * tl.exp2(total1 + total2)
+                    sums = running(i > j, G * pb, DT) + whole[None, :]
+                pair = tl.dot(xb, tl.trans(ob), input_precision=IP) * scale  # [s, t]
+                gone = -tl.dot(xb, tl.trans(yb), input_precision=IP)
+                Y = tl.dot(masked(pair, True, False, C, DT), read, input_precision=IP)
+                Y = tl.dot(masked(gone, True, False, C, DT), erased, Y, input_precision=IP)
+                G += Y * writer
+                now -= Y * written
+                Y = tl.dot(masked(pair, False, False, C, DT), read_on, input_precision=IP)
+                Y = tl.dot(masked(gone, False, False, C, DT), erased_on, Y, input_precision=IP)
+                G += Y * (writer * ends)
+                now -= Y * written_on
+                if not EXCL:
+                    G += own * qb.to(tl.float32)
+                if SAME:
+                    G += Ge
+                store_tile(dp, G.to(OT), row, row64, ok, wide, column, K - cd, d, STORE, ROWS, COL_D)
+                if GATE:
+                    sums += running(i <= j, now, DT)
+                    if EXCL or BEFORE:
+                        sums += running(i < j, later, DT)
+                    store_tile(dg, sums, row, row64, ok, wide, column, K - cd, d, STORE, ROWS, COL_D)

@@ -355,10 +355,10 @@ def solved(
     v, do, solve, back, solve_pairs, back_pairs, inverse, S, Z, r, x, products, cu,
     T, N, NB, stride_v, stride_o, scale, H, Rv, K, V, NV,
     BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DESC: tl.constexpr, ROWS: tl.constexpr, COL_D: tl.constexpr,
-    COL_V: tl.constexpr, PACKED: tl.constexpr, IP: tl.constexpr,
+    COL_V: tl.constexpr, PACKED: tl.constexpr, PRODUCTS: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """R, what the tokens of a chunk read before they erase, and its gradient X [BT, H, V]; do v^T, do R^T, X v^T, X R^T of every
-    chunk [4, NB, H, C, C], rows the later tokens. A program per chunk and head."""
+    """R, what the tokens of a chunk read before they erase, and its gradient X [BT, H, V]; with PRODUCTS do v^T, do R^T, X v^T,
+    X R^T of every chunk [4, NB, H, C, C], rows the later tokens. A program per chunk and head."""
     h = tl.program_id(0) % H
     chunk = tl.program_id(0) // H
     row, left = chunk_rows(cu, chunk, T, N, C, PACKED)
@@ -385,17 +385,18 @@ def solved(
             y = tl.dot(tl.trans(square(back_pairs, index, C, DESC)), ob, y, input_precision=IP)
             y = tl.dot(tl.trans(square(inverse, index, C, DESC)), y.to(DT), y, input_precision=IP)
             store_tile(x, y.to(DT), row, row64, ok, H * V, h * V + cv, V - cv, z, False, ROWS, COL_V)
-        tl.debug_barrier()  # what other threads of this program wrote, read by pointers as it was written
-        at = products + index.to(tl.int64) * (C * C) + i * C + j
-        step = tl.cast(NB, tl.int64) * H * (C * C)
-        P = product(do, v, row, ok, stride_o, stride_v, h * V, vcolumn, V, z, NV, DESC, DESC, C, ROWS, COL_V, IP)
-        tl.store(at, tl.where(i >= j, P * scale, 0.0).to(DT))
-        P = product(do, r, row, ok, stride_o, H * V, h * V, h * V, V, z, NV, DESC, False, C, ROWS, COL_V, IP)
-        tl.store(at + step, tl.where(i >= j, P * scale, 0.0).to(DT))
-        P = product(x, v, row, ok, H * V, stride_v, h * V, vcolumn, V, z, NV, False, DESC, C, ROWS, COL_V, IP)
-        tl.store(at + 2 * step, tl.where(i > j, P, 0.0).to(DT))
-        P = product(x, r, row, ok, H * V, H * V, h * V, h * V, V, z, NV, False, False, C, ROWS, COL_V, IP)
-        tl.store(at + 3 * step, tl.where(i > j, P, 0.0).to(DT))
+        if PRODUCTS:
+            tl.debug_barrier()  # what other threads of this program wrote, read by pointers as it was written
+            at = products + index.to(tl.int64) * (C * C) + i * C + j
+            step = tl.cast(NB, tl.int64) * H * (C * C)
+            P = product(do, v, row, ok, stride_o, stride_v, h * V, vcolumn, V, z, NV, DESC, DESC, C, ROWS, COL_V, IP)
+            tl.store(at, tl.where(i >= j, P * scale, 0.0).to(DT))
+            P = product(do, r, row, ok, stride_o, H * V, h * V, h * V, V, z, NV, DESC, False, C, ROWS, COL_V, IP)
+            tl.store(at + step, tl.where(i >= j, P * scale, 0.0).to(DT))
+            P = product(x, v, row, ok, H * V, stride_v, h * V, vcolumn, V, z, NV, False, DESC, C, ROWS, COL_V, IP)
+            tl.store(at + 2 * step, tl.where(i > j, P, 0.0).to(DT))
+            P = product(x, r, row, ok, H * V, H * V, h * V, h * V, V, z, NV, False, False, C, ROWS, COL_V, IP)
+            tl.store(at + 3 * step, tl.where(i > j, P, 0.0).to(DT))
 
 
 @triton.jit

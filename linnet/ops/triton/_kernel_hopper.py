@@ -2,10 +2,11 @@
 
 `gradients_hopper` is `gradients_kernel` (_kernel_gradients.py), with or without the normalizer; `delta_hopper` is
 `gradients_scalar` (_kernel_delta.py) and `channel_hopper` is `gradients_near` (_kernel_delta_frame.py) for one key, read and erased
-after the decay. Here every tile comes and goes by the bulk copy
-engine, asked for when the program starts or as soon as its buffer is free, and accumulators become operands in registers: no
-barriers but those of the buffers, 113 KiB of shared memory and four warps a program, two programs a processor. What fits into
-registers decides: a vector is loaded where it is used, again if need be, because a spill goes past the small cache that is left.
+after the decay; `queries_hopper` is `queries_role`, twice, and `finish_kernel` (_kernel_channel.py). Here every tile comes and goes
+by the bulk copy engine, asked for when the program starts or as soon as its buffer is free, and accumulators become operands in
+registers: no barriers but those of the buffers, 113 KiB of shared memory and four warps a program, two programs a processor. What
+fits into registers decides: a vector is loaded where it is used, again if need be, because a spill goes past the small cache that
+is left. Eight warps a processor hide no latency: decays come with the tiles, or are loaded a turn ahead.
 
 S is copied in a second time, by then from L2, for <S, R>: there is no room for both states.
 """
@@ -463,9 +464,17 @@ def channel_hopper(
     T = warpgroup_mma_wait(0, deps=[T])
     U16 = gl.convert_layout(gl.where(ri[:, None] < ci[None, :], -T, 0.0).to(BF), A_OP)
 
+    at_kept = carry + index.to(gl.int64) * K
+    kept_next = gl.load(at_kept + d)
+    G_next = gl.load(g + (row + r).to(gl.int64)[:, None] * stride_g + h // Rg * K + d[None, :])
     for b in range(ND):
-        kept = gl.load(carry + index.to(gl.int64) * K + b * D + d)
+        kept = kept_next
+        G = gl.maximum(G_next.to(gl.float32), floor)
         least = gl.min(kept, 0)
+        # Zero, but the compiler does not know. What is formed with it holds no registers through all of the loop, and is not
+        # constant: parts of constant operands in registers ptxas 12.8 sets too late (tests/triton/machine_code.py looks for it)
+        nil = (least > 2.0).to(gl.int32)
+        rows = (row + nil + r).to(gl.int64)[:, None]
         tma.store_wait(0)  # dp has left its buffer
         gl.thread_barrier()
         if b + 1 < ND:
@@ -474,18 +483,12 @@ def channel_hopper(
         qs = own_tiles.index(at + 4)
         ps = own_tiles.index(at + 5)
         if least >= LEAST:
-            # Zero, but the compiler does not know. What is formed with it holds no registers through all of the loop, and is not
-            # constant: parts of constant operands in registers ptxas 12.8 sets too late (tests/triton/machine_code.py looks for it)
-            nil = (least > 2.0).to(gl.int32)
-            rows = (row + nil + r).to(gl.int64)[:, None]
             at_out = (rows * H + h) * K + d[None, :]
             if ERASE == 2:
                 at_e = erase + rows * stride_e + h // Re * K + d[None, :]
             written = first.index(nil)
             read = second.index(nil)
             erased = third.index(nil)
-            at_g = g + rows * stride_g + h // Rg * K + b * D + d[None, :]
-            G = gl.maximum(gl.load(at_g).to(gl.float32), floor)
             split(G, written, read)
             fence_async_shared()
             gl.thread_barrier()
@@ -568,4 +571,171 @@ def channel_hopper(
                 gl.store(dg + at_out + b * D, X + total[None, :])
         else:
             mbarrier.wait(bars.index(b % 2), b // 2 % 2)  # a copy may not be under way when its buffer is asked for again
+        following = gl.minimum(b + 1, ND - 1) * D + d
+        kept_next = gl.load(at_kept + following)
+        G_next = gl.load(g + rows * stride_g + h // Rg * K + following[None, :])
+    tma.store_wait(0)
+
+
+@gluon.jit
+def ask_block(
+    S, R, q, k, g, states, tiles, decays, bars, b, row, index, column, column_g, C: gl.constexpr, V: gl.constexpr, D: gl.constexpr
+):  # fmt: skip
+    """Ask for the tiles of block b of key channels."""
+    bar = bars.index(b % 2)
+    at = b % 2 * 2
+    mbarrier.expect(bar, 2 * (C + V) * D * 2 + C * D * 4)
+    tma.async_copy_global_to_shared(g, [row, column_g + b * D], bar, decays.index(b % 2))
+    tma.async_copy_global_to_shared(S, [index * V, b * D], bar, states.index(at))
+    tma.async_copy_global_to_shared(q, [row, column + b * D], bar, tiles.index(at))
+    tma.async_copy_global_to_shared(R, [index * V, b * D], bar, states.index(at + 1))  # a barrier is between copies into one buffer
+    tma.async_copy_global_to_shared(k, [row, column + b * D], bar, tiles.index(at + 1))
+
+
+@gluon.jit
+def queries_hopper(
+    q, k, v, do, S, R, dq, dk, dq_own, dk_own, g, dec, near, dg, scale, floor, H, Rg,
+    C: gl.constexpr, V: gl.constexpr, D: gl.constexpr, ND: gl.constexpr, GATE: gl.constexpr, FAR: gl.constexpr,
+    num_warps: gl.constexpr,
+):  # fmt: skip
+    """dq, dk and dg of linear attention with a decay per channel: `queries_role` twice and `finish_kernel`, D channels after D.
+
+    q, k: q~ and k~ (or k^); S, R [chunks*H*V, K]: what meets them. In a chunk that is not near the pairs inside are left out, what
+    they add stands in dq_own, dk_own (dq and dk themselves) and dg already.
+    """
+    h = gl.program_id(0) % H
+    chunk = gl.program_id(0) // H
+    K: gl.constexpr = D * ND
+    row = chunk * C
+    index = chunk * H + h
+    BF: gl.constexpr = q.dtype
+    LP: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, C, 16])
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, D, 16])
+    A_OP: gl.constexpr = gl.DotOperandLayout(0, L, 2)
+    ROW_P: gl.constexpr = gl.SliceLayout(1, LP)
+    COL_P: gl.constexpr = gl.SliceLayout(0, LP)
+    ROW: gl.constexpr = gl.SliceLayout(1, L)
+    COL: gl.constexpr = gl.SliceLayout(0, L)
+    us = gl.allocate_shared_memory(BF, [C, V], do.layout)
+    vs = gl.allocate_shared_memory(BF, [C, V], v.layout)
+    states = gl.allocate_shared_memory(BF, [4, V, D], S.layout)  # S, R; twice
+    tiles = gl.allocate_shared_memory(BF, [4, C, D], q.layout)  # q~, k~; twice
+    decays = gl.allocate_shared_memory(gl.float32, [2, C, D], g.layout)
+    first = gl.allocate_shared_memory(BF, [1, C, D], q.layout)
+    second = gl.allocate_shared_memory(BF, [1, C, D], q.layout)
+    bars = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(3):
+        mbarrier.init(bars.index(i), count=1)
+    fence_async_shared()
+    gl.thread_barrier()
+    mbarrier.expect(bars.index(2), 2 * C * V * 2)
+    tma.async_copy_global_to_shared(do, [row, h * V], bars.index(2), us)
+    tma.async_copy_global_to_shared(v, [row, h * V], bars.index(2), vs)
+    ask_block(S, R, q, k, g, states, tiles, decays, bars, 0, row, index, h * K, h // Rg * K, C, V, D)
+    ri = gl.arange(0, C, layout=ROW_P)
+    ci = gl.arange(0, C, layout=COL_P)
+    r = gl.arange(0, C, layout=ROW)
+    d = gl.arange(0, D, layout=COL)
+    ones = gl.full([C, C], 1.0, gl.float32, LP)
+    zero_p = gl.zeros([C, C], gl.float32, LP)
+    zero = gl.zeros([C, D], gl.float32, L)
+    inside = 1.0
+    if FAR:
+        inside = gl.load(near + index.to(gl.int64)).to(gl.float32)
+    mbarrier.wait(bars.index(2), 0)
+    P = warpgroup_mma(us, vs.permute((1, 0)), zero_p, use_acc=False, is_async=True)
+    T = warpgroup_mma(vs, us.permute((1, 0)), zero_p, use_acc=False, is_async=True)
+    P = warpgroup_mma_wait(1, deps=[P])
+    own = gl.convert_layout(gl.sum(gl.where(ri[:, None] == ci[None, :], P, 0.0), 1), ROW) * inside
+    P16 = gl.convert_layout(gl.where(ri[:, None] > ci[None, :], P * inside, 0.0).to(BF), A_OP)
+    T = warpgroup_mma_wait(0, deps=[T])
+    T16 = gl.convert_layout(gl.where(ri[:, None] < ci[None, :], T * inside, 0.0).to(BF), A_OP)
+
+    at_kept = dec + index.to(gl.int64) * K
+    kept_next = gl.load(at_kept + d)
+    for b in range(ND):
+        kept = kept_next
+        nil = (gl.min(kept, 0) > 2.0).to(gl.int32)  # zero: see `channel_hopper`
+        high = first.index(nil)
+        low = second.index(nil)
+        rows = (row + nil + r).to(gl.int64)[:, None]
+        tma.store_wait(0)  # dq and dk have left their buffers
+        gl.thread_barrier()  # and all products have read theirs
+        if b + 1 < ND:
+            ask_block(S, R, q, k, g, states, tiles, decays, bars, b + 1, row, index, h * K, h // Rg * K, C, V, D)
+        mbarrier.wait(bars.index(b % 2), b // 2 % 2)
+        G = gl.maximum(decays.index(b % 2).load(L), floor)
+        split(G, high, low)
+        fence_async_shared()
+        gl.thread_barrier()
+        after = gl.convert_layout(gl.where(ri[:, None] > ci[None, :] + nil, ones, 0.0).to(BF), A_OP)
+        E = warpgroup_mma(after, high, zero, use_acc=False, is_async=True)
+        E = warpgroup_mma(after, low, E, is_async=True)
+        if FAR:
+            before = gl.convert_layout(gl.where(ri[:, None] < ci[None, :] - nil, ones, 0.0).to(BF), A_OP)
+            F = warpgroup_mma(before, high, zero, use_acc=False, is_async=True)
+            F = warpgroup_mma(before, low, F, is_async=True)
+        at = b % 2 * 2
+        qs = tiles.index(at)
+        ks = tiles.index(at + 1)
+        S_tile = states.index(at)
+        R_tile = states.index(at + 1)
+        X = warpgroup_mma(us, S_tile, zero, use_acc=False, is_async=True)
+        X = warpgroup_mma(P16, ks, X, is_async=True)
+        Y = warpgroup_mma(vs, R_tile, zero, use_acc=False, is_async=True)
+        I = warpgroup_mma(T16, qs, zero, use_acc=False, is_async=True)
+        if FAR:
+            E, F = warpgroup_mma_wait(4, deps=[E, F])
+        else:
+            E = warpgroup_mma_wait(4, deps=[E])
+        E = (E + G) * LOG2E
+        X = warpgroup_mma_wait(2, deps=[X])
+        reader = gl.exp2(E)
+        out = X + own[:, None] * ks.load(L).to(gl.float32)
+        if GATE:
+            now = X * qs.load(L).to(gl.float32)
+        out = out * (reader * scale)
+        Y, I = warpgroup_mma_wait(0, deps=[Y, I])
+        if GATE:
+            Z = Y * ks.load(L).to(gl.float32)
+            now -= I * ks.load(L).to(gl.float32)
+        Y = Y + I + own[:, None] * qs.load(L).to(gl.float32)
+        if FAR:
+            E = gl.where(inside > 0.0, E, (0.0 - F) * LOG2E)
+        Y = Y * (gl.exp2(0.0 - E) * scale)
+        at_out = (rows * H + h) * K + b * D + d[None, :]
+        if FAR:
+            if inside == 0.0:
+                out += gl.load(dq_own + at_out).to(gl.float32)
+                Y += gl.load(dk_own + at_out).to(gl.float32)
+        if GATE:
+            Z = Z - now
+            weight = gl.full([D], 1.0, gl.float32, COL)
+            if FAR:
+                weight = gl.where(inside > 0.0, weight, kept)
+            for i in gl.static_range(V // C):
+                now += (
+                    S_tile.slice(i * C, C).load(L).to(gl.float32) * R_tile.slice(i * C, C).load(L).to(gl.float32) * weight[None, :]
+                )
+            total = gl.sum(now, 0)
+        gl.thread_barrier()  # all warps have read q~, k~ and the log-decays
+        if GATE:
+            split(Z, high, low)
+        qs.store(out.to(BF))
+        ks.store(Y.to(BF))
+        fence_async_shared()
+        gl.thread_barrier()
+        tma.async_copy_shared_to_global(dq, [row, h * K + b * D], qs)
+        tma.async_copy_shared_to_global(dk, [row, h * K + b * D], ks)
+        if GATE:
+            after = gl.convert_layout(gl.where(ri[:, None] > ci[None, :] + 2 * nil, ones, 0.0).to(BF), A_OP)
+            X = warpgroup_mma(after, high, zero, use_acc=False, is_async=True)
+            X = warpgroup_mma(after, low, X, is_async=True)
+            X = warpgroup_mma_wait(0, deps=[X])
+            X = (X + total[None, :]) * scale
+            if FAR:
+                if inside == 0.0:
+                    X += gl.load(dg + at_out)
+            gl.store(dg + at_out, X)
+        kept_next = gl.load(at_kept + gl.minimum(b + 1, ND - 1) * D + d)
     tma.store_wait(0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -20,14 +19,14 @@ from linnet.ops.triton._kernel_scalar import (
     undivided_kernel,
 )
 from linnet.ops.triton._kernel_vector import pairs_kernel, vector_role
-from linnet.ops.triton._plan import Call, rows_of
+from linnet.ops.triton._plan import Call, cdiv, next_power_of_2, rows_of
 from linnet.ops.triton._together import launch, together
 
 
 def _role(
     call: Call, role: str, x, y, z, *, heads=None, out=None, splits=1, S_in=None, first=False, scale_in=1.0, S_out=None,
     scale_out=1.0, other=None, weights=None, inter=None, dg=None, blocks=None, states=None, products=None, total=None,
-    normalizer=None,
+    normalizer=None, kept=None,
 ):  # fmt: skip
     """Launch one role. x None: only the state, before every chunk (`states`) or with its total decay.
 
@@ -37,14 +36,14 @@ def _role(
     if call.in_channels:
         _channel.keys(
             call, call.ready, role, z, heads=H, out=out, splits=splits, S_in=S_in, first=first, scale_in=scale_in, S_out=S_out,
-            scale_out=scale_out, total=total,
+            scale_out=scale_out, total=total, kept=kept,
         )  # fmt: skip
         return
     t = call.tile("normalized" if normalizer and x is not None else role)
     D, Z = y.shape[3], z.shape[3]
-    BD = max(16, min(triton.next_power_of_2(D), t.BD))
-    BZ = max(16, min(triton.next_power_of_2(Z), t.BZ))
-    ND, NZ = triton.cdiv(D, BD), triton.cdiv(Z, BZ)
+    BD = max(16, min(next_power_of_2(D), t.BD))
+    BZ = max(16, min(next_power_of_2(Z), t.BZ))
+    ND, NZ = cdiv(D, BD), cdiv(Z, BZ)
     vector, key_side, reverse = call.kind == "vector", role in ("o", "dv"), role in ("dk", "dv")
     C = call.chunk(role)
     M = call.block // C
@@ -124,7 +123,7 @@ def _sums(call: Call) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     if call.sums is None:
         fp32 = call.dtype == torch.float32
         C, Hg, tokens = call.chunk("o"), call.g.shape[2], call.B * call.T
-        width = triton.cdiv(tokens, 4) * 4
+        width = cdiv(tokens, 4) * 4
         new = lambda: torch.empty(Hg, width, dtype=torch.float64 if fp32 else torch.float32, device=call.g.device)
         chunks = call.block_count() * (call.block // C)
         total = torch.empty(Hg, chunks, dtype=torch.float64 if fp32 else torch.float32, device=call.g.device)
@@ -141,13 +140,13 @@ def _pairs(call: Call, q: Tensor, k: Tensor) -> Tensor:
     """The decayed products q_t . k_s inside every chunk, for any decay [chunks, H, C, C], once for the roles of a call."""
     if call.pairs is None:
         t = call.tile("o")
-        chunks = call.T // t.C + call.N if call.cu is not None else call.N * triton.cdiv(call.T, t.C)
-        BD = max(16, min(triton.next_power_of_2(call.K), t.BD))
+        chunks = call.T // t.C + call.N if call.cu is not None else call.N * cdiv(call.T, t.C)
+        BD = max(16, min(next_power_of_2(call.K), t.BD))
         call.pairs = torch.empty(chunks, call.H, t.C, t.C, dtype=torch.float32, device=q.device)
         q, k, g = rows_of(q), rows_of(k), call.g
         launch(pairs_kernel, (chunks * call.H,))(
             q, k, g, call.pairs, call.cu, call.T, call.N, q.stride(1), k.stride(1), g.stride(1), call.H, q.shape[2], k.shape[2],
-            g.shape[2], call.K, triton.cdiv(call.K, BD), BD=BD, C=t.C, EXCL=call.exclusive,
+            g.shape[2], call.K, cdiv(call.K, BD), BD=BD, C=t.C, EXCL=call.exclusive,
             ROWS=call.cu is not None or call.T % t.C != 0, COL_D=call.K % BD != 0, PACKED=call.cu is not None,
             IP="tf32x3", num_warps=_table.PAIR_WARPS,
         )  # fmt: skip
@@ -156,7 +155,7 @@ def _pairs(call: Call, q: Tensor, k: Tensor) -> Tensor:
 
 def _partials(call: Call, role: str, like: Tensor, D: int) -> Tensor:
     """Output of a role for operand `like`: in its dtype where one program owns a value, else fp32 parts to be added."""
-    ND = -(-D // max(16, min(triton.next_power_of_2(D), call.tile(role).BD)))
+    ND = -(-D // max(16, min(next_power_of_2(D), call.tile(role).BD)))
     shape = (ND, call.B, call.T, call.H, like.shape[3])
     exact = ND > 1 or like.shape[2] != call.H
     return torch.empty(shape, dtype=torch.float32 if exact else like.dtype, device=like.device)
@@ -193,7 +192,7 @@ def _split_states(
 
     def join(local: Tensor, S_in: Tensor | None, start: Tensor, final: Tensor, V: int):
         BK, BV = 16, 64 if V > 1 else 1
-        launch(join_kernel, (triton.cdiv(V, BV), call.N * heads, triton.cdiv(K, BK)))(
+        launch(join_kernel, (cdiv(V, BV), call.N * heads, cdiv(K, BK)))(
             local, total, S_in, start, final, NS, heads, heads, 1 if S_in is None else S_in.shape[1], K, V, scale_in, scale_out,
             groups, BK, BV, REV=role == "dv", DECAY=call.kind != "none", HAS_IN=S_in is not None, FIRST=first,
         )  # fmt: skip
@@ -261,7 +260,12 @@ def backward(
             dS0 = dS0.unflatten(1, (heads, -1)).sum(2)
         return *(_fold(x, y.shape[2], y.dtype) for x, y in zip(grads, (q, k, v), strict=True)), dg, dS0, dgain
     dv = _partials(call, "dv", v, K)
-    if call.in_channels:
+    of_values = into | (dict(S_out=dS0, scale_out=scale) if NS == 1 else {})
+    if call.in_channels and _channel.fits_hopper(call, do, q, k, v):
+        of_values |= dict(kept=new(NB * (call.block // call.chunk("o")), H, V, K, dtype=q.dtype))
+        _role(call, "dv", k, q, do, out=dv, **of_values)
+        dq, dk, dg = _channel.of_chunks(call, call.ready, do, q, k, v, S0, NS, of_values["kept"], gate)
+    elif call.in_channels:
         dq, dk, dg = _channel.gradients(call, call.ready, do, q, k, v, S0, into, gate)
     else:
         dq, dk = _partials(call, "dq", q, V), _partials(call, "dk", k, V)
@@ -275,14 +279,15 @@ def backward(
             extra_q |= dict(inter=inter)
             extra_k |= dict(inter=inter, other=k, dg=dg)
         elif gate:
-            NQ, NK = (ND * -(-K // max(16, min(triton.next_power_of_2(K), call.tile(r).BZ))) for r in ("dq", "dk"))
+            NQ, NK = (ND * -(-K // max(16, min(next_power_of_2(K), call.tile(r).BZ))) for r in ("dq", "dk"))
             query, products = new(NQ, H, call.B * call.T), new(NB, H, NK)
             key = new(2, NK, H, call.B * call.T)
             extra_q |= dict(weights=query, other=q)
             extra_k |= dict(weights=key, other=k, products=products)
         _role(call, "dq", do, v, k, out=dq, splits=NS, S_in=S0, **extra_q)
         _role(call, "dk", v, do, q, out=dk, **into, **extra_k)
-    _role(call, "dv", k, q, do, out=dv, **into, **(dict(S_out=dS0, scale_out=scale) if NS == 1 else {}))
+    if "kept" not in of_values:
+        _role(call, "dv", k, q, do, out=dv, **of_values)
     if gate and call.kind == "vector":
         dg = _fold(dg, g.shape[2], torch.float32)
     elif gate:
@@ -349,7 +354,7 @@ def _of_chunks(call: Call, do: Tensor, q: Tensor, k: Tensor, v: Tensor, of_keys:
             num_warps=t.warps, **shared,
         )  # fmt: skip
     else:
-        BK, BV = (max(16, triton.next_power_of_2(n)) for n in (K, V))
+        BK, BV = (max(16, next_power_of_2(n)) for n in (K, V))
         launch(gradients_kernel, (chunks * H,))(
             q, k, v, do, G, C_sum, K_sum, S, R, dq, dk, dv, query, key, products, dn, s, r, call.cu, T, B * T, G_width, call.N,
             q.stride(1), k.stride(1), v.stride(1), do.stride(1), call.scale, *counts, K, V, BK=BK, BV=BV,
@@ -364,8 +369,8 @@ def _undivided(call: Call, dh: Tensor, h: Tensor, n: Tensor, low: Tensor, dn: Te
     """do [B, T, H, V] and the whole dn [H, B*T] of h = o / max(|n|, low), or o / (n + low)."""
     dh = rows_of(dh)
     do, out = torch.empty_like(h), torch.empty_like(n)
-    tokens, BV, R = call.B * call.T, triton.next_power_of_2(call.V), 16
-    launch(undivided_kernel, (triton.cdiv(tokens, R), call.H))(
+    tokens, BV, R = call.B * call.T, next_power_of_2(call.V), 16
+    launch(undivided_kernel, (cdiv(tokens, R), call.H))(
         dh, h, n, low, dn, do, out, tokens, dh.stride(1), call.V, low.shape[0], call.H, floor, dn is not None, R, BV
     )
     return do, out
