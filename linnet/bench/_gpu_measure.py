@@ -428,13 +428,18 @@ def warm_start(device: str) -> None:
 WarmJob = tuple[str, str, str, Sizes, int, int, str]  # key, row, implementation, shape, share, shares, device
 
 
-def warm_one(job: WarmJob) -> tuple[str, str | None]:
-    """First calls of one implementation; of the configurations of its autotuned kernels every `shares`-th from `share` on."""
+def take_share(share: int, shares: int) -> None:
+    """In a process that fills the cache: of the configurations of autotuned kernels every `shares`-th from `share` on."""
     global _share
-    name, row, implementation, shape, share, shares, device = job
     _share = (share, shares)
     for tuner in _tuners:
         tuner.cache.clear()
+
+
+def warm_one(job: WarmJob) -> tuple[str, str | None]:
+    """First calls of one implementation, for its share of configurations."""
+    name, row, implementation, shape, share, shares, device = job
+    take_share(share, shares)
     problem = None
     try:
         c = case(ROWS[row], implementation, shape, device)
@@ -451,7 +456,9 @@ def warm_one(job: WarmJob) -> tuple[str, str | None]:
     return name, problem
 
 
-def warm(jobs: list[WarmJob], workers: int, seconds: float, device: str) -> Iterator[tuple[str, str | None]]:
+def warm(
+    jobs: list[Any], workers: int, seconds: float, device: str, one: Callable[[Any], tuple[str, str | None]] = warm_one
+) -> Iterator[tuple[str, str | None]]:
     """Run the jobs in `workers` processes for at most `seconds`; yields (key, what went wrong) of those that end."""
     import multiprocessing
 
@@ -459,7 +466,7 @@ def warm(jobs: list[WarmJob], workers: int, seconds: float, device: str) -> Iter
     end = time.monotonic() + seconds
     pool = multiprocessing.get_context("spawn").Pool(workers, warm_start, (device,))
     try:
-        results = pool.imap_unordered(warm_one, jobs)
+        results = pool.imap_unordered(one, jobs)
         for _ in jobs:
             yield results.next(timeout=max(0.1, end - time.monotonic()))
     except multiprocessing.TimeoutError:

@@ -2,6 +2,7 @@
 
     linnet bench model                                        0.36B Gated DeltaNet, 8 x 4096 tokens a step, bf16
     linnet bench model --layers kda --batch 4 --out DIR
+    linnet bench model --processes 14                         compile what fla's kernels choose from in 14 processes first
     linnet bench model --device cpu --d-model 64 --num-layers 2 --heads 2 --vocabulary 256 --batch 2 --length 128
 
 A step is forward, loss, backward, clipping and AdamW on random tokens: parameters in fp32, products in bf16 (on CUDA). Tokens per
@@ -22,7 +23,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from linnet.models import LinnetConfig, LinnetForCausalLM, parameter_groups
+
+FILL_SECONDS = 300.0  # at most, for compiling the peer's kernels
 
 
 @dataclass(frozen=True)
@@ -111,16 +114,42 @@ def step_times(model: nn.Module, shape: Shape, device: str, steps: int, warm: in
     return found | ({"peak_mib": round(torch.cuda.max_memory_allocated() / 2**20)} if cuda else {})
 
 
+def fill(shape: Shape, layer: str, device: str, processes: int) -> None:
+    """Compile what the peer's kernels tune themselves over, into Triton's cache, each process its share."""
+    from linnet.bench import _gpu_measure as measuring
+
+    began = time.monotonic()
+    one = replace(shape, num_layers=1, vocabulary=min(shape.vocabulary, 1024))  # the layers are alike
+    jobs = [(one, layer, device, share, processes) for share in range(processes)]
+    problems = {problem for _, problem in measuring.warm(jobs, processes, FILL_SECONDS, device, _fill_share) if problem}
+    print(f"fla: first calls in {processes} processes, {time.monotonic() - began:.0f} s", *problems, flush=True)
+
+
+def _fill_share(job: tuple[Shape, str, str, int, int]) -> tuple[str, str | None]:
+    from linnet.bench import _gpu_measure as measuring
+
+    shape, layer, device, share, shares = job
+    measuring.take_share(share, shares)
+    try:
+        with _peer(device, quick=False):
+            step_times(fla_model(shape, layer), shape, device, 1, 0)
+    except Exception as error:  # noqa: BLE001 - the measurement will tell
+        return layer, measuring.words(error)
+    return layer, None
+
+
 def measure(
-    shape: Shape, layer: str, device: str, *, steps: int = 10, warm: int = 3, peers: bool = True
+    shape: Shape, layer: str, device: str, *, steps: int = 10, warm: int = 3, peers: bool = True, processes: int = 0
 ) -> Iterator[dict[str, Any]]:
-    """One record per implementation, as they end; what fails is a record with its error."""
+    """One record per implementation, as they end; what fails is a record with its error. processes: see `fill`."""
     makers: dict[str, Callable[[Shape, str], nn.Module]] = {"linnet": linnet_model}
     if peers and device.startswith("cuda") and layer in PAIRS and importlib.util.find_spec("fla.models") is not None:
         makers["fla"] = fla_model
     for name, make in makers.items():
         record: dict[str, Any] = {"by": name, "layer": layer, "device": device, "torch": torch.__version__, **vars(shape)}
         torch.manual_seed(0)
+        if processes and name == "fla":
+            fill(shape, layer, device, processes)
         try:
             with _peer(device) if name == "fla" else contextlib.nullcontext():
                 model = make(shape, layer)
@@ -139,12 +168,12 @@ def measure(
 
 
 @contextlib.contextmanager
-def _peer(device: str) -> Iterator[None]:
-    """fla with gradients of scalar gates where it refuses them, and with a shorter tuning of its kernels."""
+def _peer(device: str, quick: bool = True) -> Iterator[None]:
+    """fla with gradients of scalar gates where it refuses them, and (quick) with a shorter tuning of its kernels."""
     from linnet.bench._gpu_measure import quick_tuning
     from linnet.bench._gpu_rows import fla_unlocked
 
-    with fla_unlocked(), quick_tuning(device):
+    with fla_unlocked(), quick_tuning(device) if quick else contextlib.nullcontext():
         yield
 
 
@@ -170,6 +199,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warm", type=int, default=3, help="steps before those that count")
+    parser.add_argument("--processes", type=int, default=0, metavar="N", help="compile the peer's kernels in N processes first")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=None, help="folder for model.json")
@@ -180,7 +210,8 @@ def main(argv: list[str] | None = None) -> None:
     shape = Shape(**{name: getattr(options, name) for name in vars(Shape())})
     if shape.d_model % shape.heads:
         raise ValueError(f"bench model: argument 'heads' must divide d_model = {shape.d_model}; got {shape.heads}")
-    for record in measure(shape, options.layers, options.device, steps=options.steps, warm=options.warm, peers=options.peers):
+    run = dict(steps=options.steps, warm=options.warm, peers=options.peers, processes=options.processes)
+    for record in measure(shape, options.layers, options.device, **run):
         print(line(record), flush=True)
         if options.out is not None:
             options.out.mkdir(parents=True, exist_ok=True)
