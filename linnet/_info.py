@@ -105,6 +105,7 @@ def _typical_arguments(device: Any) -> dict[str, dict[str, Any]]:
         "neural_memory": lambda: ops.neural_memory(q_BTHK, q_BTHK, v_BTHV, (x(H, K, V),), rate=x(B, T, H, dtype=torch.float32)),
         "gated_rms_norm": lambda: ops.gated_rms_norm(v_BTHV, v_BTHV, x(V, dtype=torch.float32)),
         "softmax_cross_entropy": lambda: ops.softmax_cross_entropy(x(T, V), torch.zeros(T, dtype=torch.long, device=device)),
+        "gated_linear_unit": lambda: ops.gated_linear_unit(v_BTHV, v_BTHV),
         "l2_norm": lambda: ops.l2_norm(q_BTHK),
         "long_conv": lambda: ops.long_conv(x(B, T, D), x(D, T)),
         "softmax_attention": lambda: ops.softmax_attention(q_BTHK, q_BTHK, v_BTHV),

@@ -301,6 +301,9 @@ def _rows() -> Iterator[Row]:
     run = lambda x, **options: (ops.gated_rms_norm(**x, **options), None)
     peer = fla_module("norm.fused_norm_gate:rms_norm_gated", "gate=g", bias=None, activation="swish", eps=1e-5)
     yield Row("gated-rms-norm", "gated RMS norm", norm, run, "BTHV", peer)
+    unit = {"x": Operand("BTHV", plain), "gate": Operand("BTHV", plain)}
+    run = lambda x, **options: (ops.gated_linear_unit(**x, **options), None)
+    yield Row("glu", "gated linear unit, SiLU", unit, run, "BTHV", fla_module("activations:swiglu", "gate=x x=y"))
     run = lambda x, **options: (ops.l2_norm(**x, **options), None)
     yield Row("l2-norm", "L2 norm", {"x": Operand("BTHK", plain)}, run, "BTHK", fla_module("norm.l2norm:l2norm"))
     loss = {

@@ -92,7 +92,7 @@ class Attention(HeadMixer):
         )
         o_BTD = o_BTHK.flatten(2)
         if c.gate:
-            o_BTD = o_BTD * torch.sigmoid(self.g_proj(x_BTD))
+            o_BTD = ops.gated_linear_unit(o_BTD, self.g_proj(x_BTD), activation="sigmoid")
         if new is not None and self.counts:
             new = (*new, L.token_counts(x_BTD, context, seen_N))
         return self.o_proj(o_BTD), new

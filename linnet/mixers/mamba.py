@@ -94,7 +94,7 @@ class Mamba(Mixer):
             a_BTEN = 1 + 2 * torch.expm1(delta_BTE[..., None] * A_EN)
             h_BTEN, new = ops.scan((delta_BTE * L.full(u_BTE))[..., None] * L.full(B_BTN)[:, :, None], a=a_BTEN, **context.carry(h))
             y_BTE = torch.einsum("bten,btn->bte", h_BTEN, L.full(C_BTN)) + D_E * u_BTE
-            y_BTE = (y_BTE * F.silu(L.full(z_BTE))).to(x_BTD.dtype)
+            y_BTE = ops.gated_linear_unit(y_BTE, z_BTE).to(x_BTD.dtype)
         else:
             y_BTE, new = ops.selective_scan(u_BTE, delta_BTE, A_EN, B_BTN, C_BTN, D_E, z_BTE, **context.carry(h))
         return self.out_proj(y_BTE), self.close_state(context, conv, *(new or ()))

@@ -148,6 +148,6 @@ class Mamba3(Mixer):
         scores_BTHRR = q_BTHRK @ k_BTHRK.mT * gain_BTH[..., None, None]
         y = L.full(o_BTHV).unflatten(2, (H, R)) + scores_BTHRR @ v_BTHRV + L.full(self.D)[:, None, None] * v_BTHRV
         y, gate = (p.transpose(2, 3).flatten(3) for p in (y, ranks(L.split_heads(L.full(z), H), self.M_z)))  # [B, T, R, width]
-        y = y * F.silu(gate) if self.norm is None else self.norm(y, gate)
+        y = ops.gated_linear_unit(y, gate) if self.norm is None else self.norm(y, gate)
         y = y[:, :, 0] if R == 1 else (y * L.full(self.M_o).transpose(0, 1).flatten(1)).sum(2)
         return self.out_proj(y.to(x_BTD.dtype)), self.close_state(context, phi, *(last or ()), *(new or ()))

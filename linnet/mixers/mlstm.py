@@ -87,4 +87,4 @@ class MLSTM(Mixer):
         self.open_state(state)
         q_BTHK, k_BTHK, v_BTHV = (L.split_heads(p(x_BTD), c.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
         h_BTHV, new = self.remember(q_BTHK, k_BTHK, v_BTHV, self.i_proj(x_BTD), self.f_proj(x_BTD), state, context)
-        return self.o_proj(torch.sigmoid(self.g_proj(x_BTD)) * self.o_norm(h_BTHV)), new
+        return self.o_proj(ops.gated_linear_unit(self.o_norm(h_BTHV), self.g_proj(x_BTD), activation="sigmoid")), new

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linnet import ops
 from linnet.mixers import _layers as L
 from linnet.mixers._base import Context, State
 from linnet.mixers._heads import WidthConfig
@@ -98,5 +98,5 @@ class MLSTMBlock(MLSTM):
         gates, memory = torch.cat(parts, -1), None if state is None else state[1:]
         q, k, v = (L.split_heads(y, c.heads) for y in parts)
         h_BTHV, new = self.remember(q, k, v, self.i_proj(gates), self.f_proj(gates), memory, context)
-        y_BTE = (self.o_norm(h_BTHV) + self.skip * c_BTE) * F.silu(z_BTE)
+        y_BTE = ops.gated_linear_unit(self.o_norm(h_BTHV) + self.skip * c_BTE, z_BTE)
         return self.down_proj(y_BTE), self.close_state(context, conv, *(new or ()))

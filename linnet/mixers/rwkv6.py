@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linnet import ops
@@ -79,5 +78,5 @@ class RWKV6(TimeMixing):
         o_BTHV, new = ops.linear_attention(
             r_BTHK, k_BTHK, v_BTHV, log_w_BTHK, bonus=self.u.view(c.state_heads, -1), read="before", scale=1.0, **context.carry(S),
         )  # fmt: skip
-        y_BTD = self.normed(o_BTHV) * F.silu(self.g_proj(x_g))
+        y_BTD = ops.gated_linear_unit(self.normed(o_BTHV), self.g_proj(x_g))
         return self.o_proj(y_BTD), self.close_state(context, *(shift or ()), *(new or ()))

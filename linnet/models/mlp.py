@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from linnet import ops
 from linnet.mixers._layers import full
 from linnet.models.pattern import parse_layers
 
@@ -61,7 +61,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(d_ff, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(ops.gated_linear_unit(self.up_proj(x), self.gate_proj(x)))
 
 
 @register_mlp("moe")

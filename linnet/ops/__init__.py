@@ -18,7 +18,7 @@ from linnet.ops.elementwise import cumulative_logsumexp, scan, selective_scan, s
 from linnet.ops.loss import softmax_cross_entropy
 from linnet.ops.memory import neural_memory
 from linnet.ops.nonlinear import almost_linear_rnn, slstm
-from linnet.ops.norm import gated_rms_norm, l2_norm
+from linnet.ops.norm import gated_linear_unit, gated_rms_norm, l2_norm
 from linnet.ops.pooling import block_mean
 from linnet.ops.recurrent import delta_rule, dplr, linear_attention
 from linnet.ops.torch._inverse import use_inverse
@@ -39,6 +39,7 @@ __all__ = [
     "dplr",
     "execute",
     "expand_cells",
+    "gated_linear_unit",
     "gated_rms_norm",
     "l2_norm",
     "linear_attention",

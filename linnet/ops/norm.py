@@ -1,4 +1,4 @@
-"""Norms over the last axis, with the gate that surrounds them: one pass over memory where the backend can.
+"""Norms over the last axis, with the gate that surrounds them, and gates by themselves: one pass over memory where the backend can.
 
 Shape legend: `...` any axes, D the size of the last one.
 """
@@ -11,7 +11,7 @@ from linnet.ops import _checks as check
 from linnet.ops._dispatch import call
 
 ACTIVATIONS = ("silu", "sigmoid")
-PER_TOKEN = ("gated_rms_norm", "l2_norm", "softmax_cross_entropy")  # the operators that do not look along time
+PER_TOKEN = ("gated_linear_unit", "gated_rms_norm", "l2_norm", "softmax_cross_entropy")  # the operators that do not look along time
 
 
 def gated_rms_norm(
@@ -58,6 +58,32 @@ def gated_rms_norm(
     return call(
         op, backend, x=x, gate=gate, weight=weight, eps=eps, activation=activation, norm_before_gate=norm_before_gate, groups=groups
     )
+
+
+def gated_linear_unit(x: Tensor, gate: Tensor, *, activation: str = "silu", backend: str | None = None) -> Tensor:
+    r"""A gate.
+
+        y = x * act(gate),      silu(z) = z sigmoid(z)
+
+    Args:
+        x: [..., D], real. gate: of the shape of x.
+        activation: "silu" (SwiGLU) or "sigmoid" (GLU), of the gate.
+
+    Returns:
+        y [..., D] in the dtype of x; computed in at least fp32. For the backward x and the gate are kept, and on backend `triton`
+        nothing else.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+
+    Source: Shazeer 2020, GLU Variants Improve Transformer (arXiv 2002.05202).
+    """
+    op = "gated_linear_unit"
+    _operand(op, x)
+    check.tensor(op, "gate", gate, "[..., D]", x.ndim, x)
+    check.sizes(op, "gate", gate, {axis: (f"axis {axis} of x", size) for axis, size in enumerate(x.shape)})
+    check.choice(op, "activation", activation, ACTIVATIONS)
+    return call(op, backend, x=x, gate=gate, activation=activation)
 
 
 def l2_norm(x: Tensor, *, eps: float = 1e-6, backend: str | None = None) -> Tensor:

@@ -81,3 +81,44 @@ def test_refusals_name_the_argument(device):
     }.items():
         with pytest.raises(ValueError, match=f"gated_rms_norm: argument '{name}' must be"):
             ops.gated_rms_norm(x, **arguments)
+
+
+@pytest.mark.parametrize("activation", ["silu", "sigmoid"])
+@pytest.mark.parametrize("shape", [(7,), (3, 64), (2, 33, 100), (2, 3, 5, 350)])
+def test_gated_linear_unit(device, shape, activation):
+    assert_is_the_formula(ops.gated_linear_unit, operands(device, *shape, weight=False), activation=activation)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gated_linear_unit_of_sixteen_bit(device, dtype):
+    assert_is_the_formula(ops.gated_linear_unit, operands(device, 4, 30, 64, weight=False, dtype=dtype))
+
+
+def test_gated_linear_unit_of_parts_of_a_projection(device):
+    """Rows that are not packed, turned tokens, and a gradient that is expanded."""
+    both = torch.randn(2, 9, 80, generator=torch.Generator().manual_seed(3)).to(device)
+    packed = both[..., :40], both[..., 40:].contiguous()
+    for x, gate in (both.chunk(2, -1), both.chunk(2, -1)[::-1], packed, both.transpose(1, 2).chunk(2, 1)):
+        want = ops.gated_linear_unit(x, gate, backend="reference")
+        assert error(ops.gated_linear_unit(x, gate, backend="triton"), want) < 3e-6
+    leaf = both.clone().requires_grad_()
+    grads = {}
+    for backend in ("triton", "reference"):
+        (grads[backend],) = torch.autograd.grad(ops.gated_linear_unit(*leaf.chunk(2, -1), backend=backend).sum(), leaf)
+    assert error(grads["triton"], grads["reference"]) < 3e-6
+
+
+def test_what_a_gated_linear_unit_is_not_given_is_refused(device):
+    x = torch.randn(3, 8, device=device)
+    with pytest.raises(ValueError, match="'gate'"):
+        ops.gated_linear_unit(x, x[:, :4])
+    with pytest.raises(ValueError, match="'activation'"):
+        ops.gated_linear_unit(x, x, activation="gelu")
+
+
+def test_a_gated_linear_unit_keeps_its_operands_alone(device):
+    x, gate = (torch.randn(3, 8, device=device, requires_grad=True) for _ in range(2))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y.data_ptr()) or y, lambda y: y):
+        y = ops.gated_linear_unit(x, gate, backend="triton")
+    assert kept == [x.data_ptr(), gate.data_ptr()] and y.requires_grad

@@ -24,6 +24,13 @@ def gated_rms_norm(x, gate, weight, eps, activation, norm_before_gate, groups):
     return (y * factor if norm_before_gate else y).to(x.dtype)
 
 
+@implements("gated_linear_unit", "reference")
+def gated_linear_unit(x, gate, activation):
+    dtype = accumulate_dtype(x, gate)
+    z = gate.to(dtype)
+    return (x.to(dtype) * torch.sigmoid(z) * (z if activation == "silu" else 1.0)).to(x.dtype)
+
+
 @implements("l2_norm", "reference")
 def l2_norm(x, eps):
     y = x.to(accumulate_dtype(x))

@@ -26,6 +26,12 @@ def gated_rms_norm(x, gate, weight, eps, activation, norm_before_gate, groups):
     return y.to(x.dtype)
 
 
+@implements("gated_linear_unit", "torch")
+def gated_linear_unit(x, gate, activation):
+    dtype = accumulate_dtype(x, gate)
+    return (x.to(dtype) * _ACTIVATIONS[activation](gate.to(dtype))).to(x.dtype)
+
+
 @implements("l2_norm", "torch")
 def l2_norm(x, eps):
     y = x.to(accumulate_dtype(x))

@@ -43,6 +43,19 @@ def _at(i, w, rows, BR: tl.constexpr, heads: tl.constexpr, stride: tl.constexpr,
 
 
 @triton.jit
+def activation(z, SILU: tl.constexpr):
+    """act(z) and its slope."""
+    s = tl.sigmoid(z)
+    if SILU:
+        a = z * s
+        slope = s * (1.0 + z * (1.0 - s))
+    else:
+        a = s
+        slope = s * (1.0 - s)
+    return a, slope
+
+
+@triton.jit
 def forward_kernel(
     x, gate, weight, y, rows, eps, heads: tl.constexpr, s_x: tl.constexpr, s_gate: tl.constexpr, size: tl.constexpr,
     W: tl.constexpr, DEN: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr, GATED: tl.constexpr, SILU: tl.constexpr,
@@ -54,10 +67,7 @@ def forward_kernel(
     mask = (i * BR + tl.arange(0, BR) < rows)[:, None] & (c < W)[None, :]
     v = _tile(x, _at(i, w, rows, BR, heads, s_x, size), mask, MASK)
     if GATED:
-        z = _tile(gate, _at(i, w, rows, BR, heads, s_gate, size), mask, MASK)
-        a = tl.sigmoid(z)
-        if SILU:
-            a *= z
+        a, _ = activation(_tile(gate, _at(i, w, rows, BR, heads, s_gate, size), mask, MASK), SILU)
         if not FIRST:
             v *= a
     n = v * tl.rsqrt(tl.sum(v * v, 1) / DEN + eps)[:, None]
@@ -86,14 +96,7 @@ def backward_kernel(
         u = _tile(dy, _at(i, w, rows, BR, heads, s_dy, size), mask, MASK)
         v = xt
         if GATED:
-            z = _tile(gate, _at(i, w, rows, BR, heads, s_gate, size), mask, MASK)
-            s = tl.sigmoid(z)
-            if SILU:
-                a = z * s
-                slope = s * (1.0 + z * (1.0 - s))
-            else:
-                a = s
-                slope = s * (1.0 - s)
+            a, slope = activation(_tile(gate, _at(i, w, rows, BR, heads, s_gate, size), mask, MASK), SILU)
             if FIRST:
                 dact = u
                 u *= a
