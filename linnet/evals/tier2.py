@@ -48,9 +48,8 @@ PRODUCTS = {f"n_h {n} [-1,1]": PRODUCT.format(n, "true") for n in (1, 2, 3, 4)} 
 
 
 def _tracking(name: str, title: str, task: str, steps: int, leave_out: tuple[str, ...], solved: tuple[str, ...]) -> Experiment:
-    base = Run(
-        task, "", tests={"40-256": {"length": 256}}, num_layers=2, d_model=64, heads=2, steps=steps, batch_size=256, target=0.9995
-    )
+    # no target: what solves the trained lengths first is seldom exact enough for longer ones
+    base = Run(task, "", tests={"40-256": {"length": 256}}, num_layers=2, d_model=64, heads=2, steps=steps, batch_size=256)
     unsolved = tuple(x for x in ("deltanet [0,1]", "gated_deltanet [0,1]", "gla [0,1]", "attention") if x not in leave_out)
     expected = (
         Solves(solved, 0.9, test="40-256", metric="scaled_accuracy"),
