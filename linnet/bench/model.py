@@ -207,6 +207,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in (*vars(Shape()), "steps"):
         if getattr(options, name) < 1:
             raise ValueError(f"bench model: argument '{name}' must be >= 1; got {getattr(options, name)}")
+    if options.processes < 0:
+        raise ValueError(f"bench model: argument 'processes' must be >= 0; got {options.processes}")
     shape = Shape(**{name: getattr(options, name) for name in vars(Shape())})
     if shape.d_model % shape.heads:
         raise ValueError(f"bench model: argument 'heads' must divide d_model = {shape.d_model}; got {shape.heads}")

@@ -25,7 +25,7 @@ def test_what_fails_is_a_record(capsys):
     assert "no_such_mixer" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("argument", "value"), [("steps", "0"), ("heads", "3")])
+@pytest.mark.parametrize(("argument", "value"), [("steps", "0"), ("heads", "3"), ("processes", "-1")])
 def test_bad_arguments(argument, value):
     with pytest.raises(ValueError, match=f"argument '{argument}' must"):
         model.main([*SMALL, f"--{argument}", value])
