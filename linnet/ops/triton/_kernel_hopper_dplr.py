@@ -1,9 +1,9 @@
 """The Gluon kernel for Hopper of DPLR's gradients: whole chunks of 64 tokens, bf16, one frame, a decay per channel.
 
 `dplr_hopper` is `gradients` (_kernel_dplr.py) with readers and writers of a chunk one under another: q over a, k over b. With
-R = [q; a], W = [k; b], Y = [do; X] and U = [v; R] of 128 rows each, decayed as they meet inside the chunk (R~, W~), the pairs are
+Q = [q; a], K = [k; b], Y = [do; x] and U = [v; r] of 128 rows each, decayed as they meet inside the chunk (Q~, K~), the pairs are
 one product P = mask(Y U^T) and the gradients those of linear attention,
-    dR = (Y S + P W~) decayed,      dW = (U Z w + P^T R~) decayed.
+    dQ = (Y S + P K~) decayed,      dK = (U Z w + P^T Q~) decayed.
 One program a processor goes from chunk to chunk, 32 key channels at a time; the next tiles are always on their way.
 """
 
@@ -68,8 +68,8 @@ def dplr_hopper(
 ):  # fmt: skip
     """dq, da, dk, db, dg of all `count` chunks of heads.
 
-    dg_t = w <S, Z> + the sum of what W writes beyond the chunk + sums over the tokens from t (a: behind t) on of R~ dR~ - W~ dW~,
-    where W~ dW~ holds what goes beyond the chunk, too.
+    dg_t = w <S, Z> + the sum of what K writes beyond the chunk + sums over the tokens from t (a: behind t) on of Q~ dQ~ - K~ dK~,
+    where K~ dK~ holds what goes beyond the chunk, too.
     """
     first = gl.program_id(0)
     programs = gl.num_programs(0)
@@ -134,7 +134,7 @@ def dplr_hopper(
             never = gl.min(kept, 0) > 2.0
             nil = never.to(gl.int32)
             P16 = pairs.index(nil)
-            R = tiles.index(nil)
+            Q = tiles.index(nil)  # Q~, K~
             W = tiles.index(nil + 1)
             high = parts.index(nil)
             low = parts.index(nil + 1)
@@ -169,7 +169,7 @@ def dplr_hopper(
             E, F = warpgroup_mma_wait(2 * (V // C), deps=[E, F])
             reader = gl.exp2(E * LOG2E) * scales
             writer = gl.exp2(0.0 - F * LOG2E)
-            R.store((readers.index(slot).load(L).to(gl.float32) * reader).to(BF))
+            Q.store((readers.index(slot).load(L).to(gl.float32) * reader).to(BF))
             W.store((writers.index(slot).load(L).to(gl.float32) * writer).to(BF))
             fence_async_shared()
             gl.thread_barrier()
@@ -178,10 +178,10 @@ def dplr_hopper(
             Y = Y * kept[None, :]
             if GATE:
                 now = Y * W.load(L).to(gl.float32)
-            Y = warpgroup_mma(P16.permute((1, 0)), R, Y, is_async=True)
+            Y = warpgroup_mma(P16.permute((1, 0)), Q, Y, is_async=True)
             X = warpgroup_mma_wait(1, deps=[X])
             if GATE:
-                flow = X * R.load(L).to(gl.float32)
+                flow = X * Q.load(L).to(gl.float32)
             readers.index(slot).store((X * reader).to(BF))
             Y = warpgroup_mma_wait(0, deps=[Y])
             if GATE:
@@ -197,7 +197,7 @@ def dplr_hopper(
             if (block + 1 == ND) & (index + programs < count):
                 ask_values(do, x, v, r, us, vs, bars.index(2), following // H * C, following % H * V, C, V)
             if GATE:
-                split(flow - back, R, W)
+                split(flow - back, Q, W)
                 flows.index(0).store(flow)
                 passing = S_tile.load(L).to(gl.float32) * Z_tile.load(L).to(gl.float32)
                 total = gl.sum(now, 0) + gl.sum(passing * kept[None, :], 0)
@@ -207,7 +207,7 @@ def dplr_hopper(
                 one = gl.full([C, 2 * C], 1.0, BF, A_G)
                 none = gl.zeros([C, 2 * C], BF, A_G)
                 since = gl.where((columns_s % C >= rows_s) ^ never, one, none)
-                X = warpgroup_mma(since, R, zero_g, use_acc=False, is_async=True)
+                X = warpgroup_mma(since, Q, zero_g, use_acc=False, is_async=True)
                 X = warpgroup_mma(since, W, X, is_async=True)
                 own = flows.index(0).slice(C, C).load(LG)  # a reads without its own token's decay
                 X = warpgroup_mma_wait(0, deps=[X]) - own
